@@ -1,0 +1,1 @@
+"""The import paths that slime users know: `types`, `processing_utils`, `http_utils`, `misc`."""
