@@ -1,0 +1,1 @@
+"""What a run tells about itself: a line per rollout, `metrics.jsonl`, a closing table, a picture."""

@@ -1,0 +1,1 @@
+"""How the student's fresh weights reach the engines that generate with them."""
