@@ -1,0 +1,37 @@
+"""Megatron's own parallelism flags, under Megatron's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.arguments.flags import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronArgs:
+    """Megatron"""
+
+    tensor_model_parallel_size: int = flag(1, help="Tensor parallelism.", at_least=1)
+    sequence_parallel: bool = flag(False, help="Sequence parallelism beside tensor parallelism.")
+    pipeline_model_parallel_size: int = flag(1, help="Pipeline parallelism.", at_least=1)
+    context_parallel_size: int = flag(1, help="Context parallelism.", at_least=1)
+    expert_model_parallel_size: int = flag(1, help="Expert parallelism.", at_least=1)
+    expert_tensor_parallel_size: int | None = flag(
+        None, help="Tensor parallelism of the experts.", at_least=1
+    )
+    use_distributed_optimizer: bool = flag(
+        False, help="Shard the optimizer state over the data-parallel ranks."
+    )
+    recompute_granularity: Literal["full", "selective"] | None = flag(
+        None, help="What the backward pass recomputes."
+    )
+    recompute_method: Literal["uniform", "block"] | None = flag(
+        None, help="How layers are grouped for recomputation."
+    )
+    recompute_num_layers: int | None = flag(None, help="Layers in a recomputed group.", at_least=1)
+
+    def validate(self) -> Iterator[str]:
+        """Yield what is wrong inside this group."""
+        yield from ()

@@ -1,0 +1,68 @@
+"""Flags that are declared and whose machinery has not landed. The table shrinks to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the package's __init__ imports this module
+    from slime.arguments import Args
+
+MEGATRON_BACKEND = "the Megatron backend (slime/backends/megatron) has not landed"
+
+PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
+    (
+        "--train-backend megatron",
+        lambda args: args.train_backend == "megatron",
+        f"{MEGATRON_BACKEND}. Use --train-backend fsdp.",
+    ),
+    (
+        "--opd-type megatron",
+        lambda args: args.opd_type == "megatron",
+        f"{MEGATRON_BACKEND}, and with it a teacher inside the trainer. Use --opd-type sglang with --rm-url.",
+    ),
+    (
+        "--opd-teacher-load",
+        lambda args: args.opd_teacher_load is not None,
+        f"{MEGATRON_BACKEND}, and with it a teacher inside the trainer. Serve the teacher and name it by --rm-url.",
+    ),
+    (
+        "Megatron's own flags",
+        lambda args: any(args.megatron_flags_set()),
+        f"{MEGATRON_BACKEND}. Drop them; FSDP shards over all training ranks.",
+    ),
+    (
+        "--colocate",
+        lambda args: args.colocate,
+        "training and generation taking turns on the same GPUs (release and resume of the engines' memory) has not "
+        "landed. Drop it, and give each its own GPUs by --actor-num-gpus-per-node and --rollout-num-gpus.",
+    ),
+    (
+        "--rm-url given several times",
+        lambda args: len(args.rm_urls) > 1,
+        "spreading scores over several teachers has not landed. Give it once.",
+    ),
+    (
+        "--rollout-temperature other than 1",
+        lambda args: args.rollout_temperature != 1.0,
+        "the correction for sampling at another temperature than the one that the teacher scores at (1) has not landed. "
+        "Use --rollout-temperature 1.",
+    ),
+    (
+        "--rollout-top-p below 1",
+        lambda args: args.rollout_top_p != 1.0,
+        "the correction for sampling from a cut distribution has not landed. Use --rollout-top-p 1.",
+    ),
+    (
+        "--rollout-top-k",
+        lambda args: args.rollout_top_k != -1,
+        "the correction for sampling from a cut distribution has not landed. Use --rollout-top-k -1.",
+    ),
+)
+
+
+def pending(args: Args) -> Iterator[str]:
+    """Yield a sentence for each flag that is set and cannot be served yet."""
+    for name, is_set, missing in PENDING:
+        if is_set(args):
+            yield f"not available yet: {name}: {missing}"

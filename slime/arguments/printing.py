@@ -1,0 +1,47 @@
+"""Arguments as plain data and as text. Secrets are masked here, the only way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from slime.arguments.flags import flags_of
+
+SECRET_WORDS = ("api_key", "token", "password", "secret")
+MASK = "***"
+
+
+def printable(value: Any, name: str = "") -> Any:
+    """Return `value` as plain data, with credentials inside URLs and secret entries masked."""
+    if isinstance(value, Mapping):
+        return {key: printable(entry, key) for key, entry in value.items()}
+    if isinstance(value, str):
+        if any(name.endswith(word) for word in SECRET_WORDS):
+            return MASK
+        return _without_credentials(value)
+    if isinstance(value, list | tuple):
+        return [printable(entry) for entry in value]
+    return value
+
+
+def _without_credentials(text: str) -> str:
+    """Mask user, password and query of a URL; leave other text alone."""
+    if not text.startswith(("http://", "https://")):
+        return text
+    parts = urlsplit(text)
+    host = parts.netloc.rpartition("@")[2]
+    netloc = f"{MASK}@{host}" if "@" in parts.netloc else host
+    return urlunsplit((parts.scheme, netloc, parts.path, MASK if parts.query else "", ""))
+
+
+def format_groups(values: Mapping[str, Any], groups: Sequence[type]) -> str:
+    """Return `values` under the titles of their groups, one a line."""
+    lines: list[str] = []
+    for group in groups:
+        lines.append(f"{group.__doc__}:")
+        lines.extend(f"  {flag.attribute} = {values[flag.attribute]!r}" for flag in flags_of(group))
+    if values["sglang"]:
+        lines.append("SGLang pass-through:")
+        lines.extend(f"  {name} = {value!r}" for name, value in values["sglang"].items())
+    return "\n".join(lines)

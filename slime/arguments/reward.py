@@ -1,0 +1,66 @@
+"""Who grades a response: the teacher's server, a rule, a plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from slime.arguments.flags import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardArgs:
+    """Reward and teacher"""
+
+    rm_type: Literal["math"] | None = flag(None, help="Rule that grades responses against --label-key.")
+    rm_urls: tuple[str, ...] = flag(
+        (),
+        name="--rm-url",
+        repeat=True,
+        help="URL that scores responses (the teacher), path included: http://127.0.0.1:13141/generate.",
+    )
+    reward_key: str | None = flag(None, help="Entry of the reward function's dict that is the reward.")
+    eval_reward_key: str | None = flag(None, help="The same in evaluation.")
+    custom_rm_path: str | None = flag(
+        None,
+        aliases=("--custom-reward-function",),
+        help="Dotted path of `async reward_func(args, sample, **kwargs)`.",
+    )
+    custom_reward_post_process_path: str | None = flag(
+        None,
+        aliases=("--custom-post-process-rewards",),
+        help="Dotted path of `post_process_rewards(args, samples, **kwargs) -> (raw_rewards, rewards)`.",
+    )
+    task_reward_weight: float = flag(
+        0.0, help="Weight of the task's grade (--rm-type) as its own stream beside distillation.", at_least=0
+    )
+    teacher_concurrency: int = flag(256, help="Scoring requests in flight to the teacher.", at_least=1)
+    teacher_timeout: float = flag(120.0, help="Seconds that one scoring request may take.", above=0)
+
+    @property
+    def rm_url(self) -> str | None:
+        """The first `--rm-url`, as plugins read it."""
+        return self.rm_urls[0] if self.rm_urls else None
+
+    def validate(self) -> Iterator[str]:
+        """Yield what is wrong inside this group."""
+        for url in self.rm_urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path in ("", "/"):
+                yield (
+                    f"--rm-url {url!r} is no URL with a path; it is posted to as it stands, so give the whole of it, "
+                    "as http://127.0.0.1:13141/generate."
+                )
+        for name, path in (
+            ("--custom-rm-path", self.custom_rm_path),
+            ("--custom-reward-post-process-path", self.custom_reward_post_process_path),
+        ):
+            if path is not None and ("." not in path or "/" in path or path.endswith(".py")):
+                yield f"{name} {path!r} is no dotted path; write package.module.function."
+        if self.task_reward_weight > 0 and self.rm_type is None:
+            yield (
+                f"--task-reward-weight is {self.task_reward_weight:g} and nothing grades the responses. "
+                "Add --rm-type math, or drop --task-reward-weight."
+            )
