@@ -1,0 +1,119 @@
+"""Log-probs and entropy of chosen positions straight from hidden states, without ever holding all logits.
+
+The LM head runs over chunks of positions, in the forward pass and once more in the backward pass. What is saved in
+between is the hidden states, the head and one number a position: no tensor of shape [P, V] exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def chunked_log_probs(
+    hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs [P, K] of `ids` and the entropy [P] in nats, both differentiable (once).
+
+    Args:
+        hidden: [P, H], last hidden states at the positions that predict; P may be 0.
+        head: [V, H], weight of the LM head.
+        ids: int64 [P, K], the tokens asked for at each position.
+        chunk_size: positions whose logits exist at the same time.
+
+    The products with the head run in the dtype of `hidden`; softmax and sums run in float32, or in float64 where
+    `hidden` is float64.
+
+    Raises:
+        ValueError: the shapes do not fit, or the chunk size is below 1.
+    """
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"hidden states {tuple(hidden.shape)} and LM head {tuple(head.shape)} given; [P, H] and [V, H] with the "
+            "same H are needed."
+        )
+    if ids.ndim != 2 or ids.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)} given for {hidden.shape[0]} positions; [P, K] is needed."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"--logprob-chunk-size {chunk_size} given; at least 1 position a chunk is needed.")
+    log_probs, entropy = _ChunkedLogProbs.apply(hidden, head, ids, chunk_size)
+    return log_probs, entropy
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Cast half precision to float32, leave the rest."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """Forward and backward in chunks; the backward pass computes each chunk's logits anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the head chunk by chunk and keep log-probs, entropy and normaliser."""
+        ctx.set_materialize_grads(False)
+        log_probs, entropies, normalizers = [], [], []
+        for rows, wanted in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True):
+            logits = _wide(rows @ head.T)
+            normalizer = logits.logsumexp(dim=1)
+            log_probs.append(logits.gather(1, wanted) - normalizer[:, None])
+            probs = logits.sub(normalizer[:, None]).exp_()
+            entropies.append(normalizer - probs.mul_(logits).sum(dim=1))
+            normalizers.append(normalizer)
+        entropy = torch.cat(entropies)
+        ctx.save_for_backward(hidden, head, ids, torch.cat(normalizers), entropy)
+        ctx.chunk_size = chunk_size
+        return torch.cat(log_probs), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Recompute each chunk's logits and push its gradient through the head."""
+        hidden, head, ids, normalizers, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_head = _wide(torch.zeros_like(head)) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], ctx.chunk_size):
+            part = slice(start, start + ctx.chunk_size)
+            rows = hidden[part]
+            grad_logits = _logits_gradient(
+                _wide(rows @ head.T).sub_(normalizers[part, None]),
+                ids[part],
+                entropy[part],
+                None if grad_log_probs is None else grad_log_probs[part],
+                None if grad_entropy is None else grad_entropy[part],
+            ).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ head
+            if grad_head is not None:
+                grad_head += grad_logits.T @ rows
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+
+
+def _logits_gradient(
+    log_probs: Tensor, ids: Tensor, entropy: Tensor, grad_chosen: Tensor | None, grad_entropy: Tensor | None
+) -> Tensor:
+    """Return the gradient [C, V] with respect to one chunk's logits.
+
+    `log_probs` [C, V] is the whole distribution, `grad_chosen` [C, K] belongs to the log-probs of `ids` and
+    `grad_entropy` [C] to the entropy. With p = softmax(z): d log p_k / dz = onehot_k - p and
+    dH / dz = -p (log p + H).
+    """
+    probs = log_probs.exp()
+    factor = torch.zeros_like(entropy)[:, None]
+    if grad_chosen is not None:
+        factor = factor - grad_chosen.sum(dim=1, keepdim=True)
+    if grad_entropy is not None:
+        factor = factor - grad_entropy[:, None] * (log_probs + entropy[:, None])
+    gradient = probs.mul_(factor)
+    if grad_chosen is not None:
+        gradient.scatter_add_(1, ids, grad_chosen.to(gradient.dtype))
+    return gradient
