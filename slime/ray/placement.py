@@ -207,7 +207,8 @@ def _split(
         raise PlacementError(
             f"The teacher would get {teacher} of {num_gpus} GPUs, and its tensor parallel size must be one "
             f"of {_TP_TEXT}; set SLIME_SCRIPT_NUM_GPUS_TEACHER to one of these (and "
-            "SLIME_SCRIPT_NUM_GPUS_STUDENT to at most the rest), or name a teacher elsewhere by SLIME_SCRIPT_TEACHER_URL."
+            "SLIME_SCRIPT_NUM_GPUS_STUDENT to at most the rest), or name a teacher elsewhere by "
+            "SLIME_SCRIPT_TEACHER_URL."
         )
     if student < 1 or max(teacher, student) > num_gpus or (teacher + student > num_gpus and not shared):
         raise PlacementError(

@@ -114,7 +114,8 @@ def test_a_split_that_does_not_fit_is_refused_by_name(arguments, names):
 def test_shell_assignments_survive_a_shell():
     command = (
         f'set -eu; eval "$({sys.executable} -m slime.ray.placement --num-gpus 16 --shell)"; '
-        'echo "$TEACHER_GPUS|$TEACHER_TP|$STUDENT_GPUS|$NUM_ACTOR_GPUS|$NUM_ROLLOUT_GPUS|$ENGINE"; echo "$PLACEMENT"'
+        'echo "$TEACHER_GPUS|$TEACHER_TP|$STUDENT_GPUS|$NUM_ACTOR_GPUS|$NUM_ROLLOUT_GPUS|$ENGINE"; '
+        'echo "$PLACEMENT"'
     )
     answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
     assert answer.splitlines()[0] == "0,1,2,3,4,5,6,7|8|8,9,10,11,12,13,14,15|4|4|sglang"

@@ -1,0 +1,210 @@
+"""Weights to the engines through a folder: written by training rank 0, read by `/update_weights_from_disk`.
+
+The folder lies in shared memory where that has room, else below the run's output. A version is written under
+a temporary name and renamed when complete, so an engine never reads half of one. Who calls the engines, and
+when, is decided above.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "slime-weights-"
+LOCK_NAME = ".lock"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 * 2**30
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
+
+
+class WeightStore:
+    """The folder of a run's published weights: at most the newest version and the one being written.
+
+    A lock held for the life of the run marks the folder as in use; `close` removes it, and the next run on
+    this machine removes what a killed run left behind.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.current: Path | None = None
+        self._lock = (root / LOCK_NAME).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @classmethod
+    def create(
+        cls,
+        output_dir: Path,
+        checkpoint: Path,
+        *,
+        one_machine: bool,
+        shared_memory: Path = SHARED_MEMORY,
+    ) -> Self:
+        """Make the folder: in shared memory if one machine runs all and two float32 copies fit there."""
+        parent = output_dir
+        if one_machine and shared_memory.is_dir() and os.access(shared_memory, os.W_OK):
+            _remove_abandoned(shared_memory)
+            # A bf16 checkpoint may be published in float32, and two versions exist for a moment.
+            if shutil.disk_usage(shared_memory).free > 4 * checkpoint_bytes(checkpoint):
+                parent = shared_memory
+        parent.mkdir(parents=True, exist_ok=True)
+        return cls(Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)))
+
+    def path_for(self, version: str) -> Path:
+        """Return where `version` is to be written."""
+        return self.root / f"version-{version}"
+
+    def retire_all_but(self, version: str) -> None:
+        """Remove every version but this one, which the engines have loaded."""
+        self.current = self.path_for(version)
+        for path in self.root.iterdir():
+            if path.is_dir() and path != self.current:
+                shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Remove the folder. A second call does nothing."""
+        self._lock.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_weights(
+    parameters: Iterable[tuple[str, Tensor]],
+    target: Path,
+    *,
+    checkpoint: Path,
+    writes: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Stream `parameters` into a Hugging Face folder `target` beside the files of `checkpoint`; return the
+    bytes.
+
+    Gathering is collective, so every rank calls this and goes through all `parameters`; only the one that
+    `writes` touches the disk. It holds at most one shard in memory.
+
+    Raises:
+        RuntimeError: the tensors are not those of the checkpoint.
+        FileExistsError: `target` is there already.
+    """
+    if not writes:
+        for _ in parameters:
+            pass
+        return 0
+    if target.exists():
+        raise FileExistsError(f"{target} exists; a version of the weights is published once.")
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir(parents=True)
+    try:
+        copy_companions(checkpoint, partial)
+        shards, total = [], 0
+        for number, shard in enumerate(_shards(parameters, max_shard_bytes)):
+            save_file(shard, partial / f"shard-{number}", metadata={"format": "pt"})
+            shards.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+        _check_names({name for names in shards for name in names}, checkpoint)
+        _name_shards(partial, shards, total)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return total
+
+
+def copy_companions(checkpoint: Path, target: Path) -> None:
+    """Copy config, tokenizer, processor and chat template: every file of `checkpoint` that is not weights."""
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def checkpoint_bytes(checkpoint: Path) -> int:
+    """Return the size of the checkpoint's weights on disk."""
+    return sum(path.stat().st_size for path in _weight_files(checkpoint))
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    files = sorted(checkpoint.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{checkpoint} holds no *.safetensors file, which --hf-checkpoint needs; convert the checkpoint "
+            "with "
+            "`save_pretrained` of transformers, or check the path."
+        )
+    return files
+
+
+def _shards(parameters: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in parameters:
+        tensor = tensor.detach().cpu().contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _check_names(written: set[str], checkpoint: Path) -> None:
+    """Refuse other names than the checkpoint's: an engine might keep its old weights without a word."""
+    expected: set[str] = set()
+    for path in _weight_files(checkpoint):
+        with safe_open(path, framework="pt") as file:
+            expected.update(file.keys())
+    # Tied to the embeddings, the head is in some checkpoints and not in others.
+    missing = sorted(expected - written - {"lm_head.weight"})
+    unknown = sorted(written - expected - {"lm_head.weight"})
+    if missing or unknown:
+        raise RuntimeError(
+            f"the trainer's weights are not those of {checkpoint}: {len(missing)} tensors of the checkpoint "
+            "are "
+            f"missing ({', '.join(missing[:3])}), {len(unknown)} are unknown to it "
+            f"({', '.join(unknown[:3])}). "
+            "The backend must yield the names of the checkpoint's safetensors files."
+        )
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    """Give the shards the names that loaders look for, with an index where there is more than one."""
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1))
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove folders of runs that were killed: their lock is free. Those of other users are left alone."""
+    for root in parent.glob(f"{PREFIX}*"):
+        with (
+            suppress(FileNotFoundError, PermissionError, BlockingIOError),
+            (root / LOCK_NAME).open("r+") as lock,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""Published weights: complete or absent, named as the checkpoint's, and gone at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slime.weight_sync.disk import PREFIX, WeightStore, write_weights
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"model.layer.{i}": torch.randn(4, 8, generator=generator) for i in range(5)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "model.safetensors.index.json").write_text("stale")
+    return folder
+
+
+def test_one_file_with_the_companions_of_the_checkpoint(tmp_path, checkpoint, weights):
+    target = tmp_path / "version-3"
+    size = write_weights(iter(weights.items()), target, checkpoint=checkpoint, writes=True)
+    assert size == 5 * 4 * 8 * 4
+    assert sorted(path.name for path in target.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+    ]
+    read = load_file(target / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+
+
+def test_shards_over_the_limit_come_with_an_index(tmp_path, checkpoint, weights):
+    target = tmp_path / "v"
+    write_weights(iter(weights.items()), target, checkpoint=checkpoint, writes=True, max_shard_bytes=2 * 128)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 5 * 128
+    assert set(index["weight_map"]) == set(weights)
+    assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    for name, file_name in index["weight_map"].items():
+        assert torch.equal(load_file(target / file_name)[name], weights[name])
+
+
+def test_views_of_one_storage_and_gradients_can_be_written(tmp_path, checkpoint, weights):
+    stacked = torch.stack(list(weights.values())).requires_grad_()
+    views = ((name, stacked[i]) for i, name in enumerate(weights))
+    write_weights(views, tmp_path / "v", checkpoint=checkpoint, writes=True)
+    read = load_file(tmp_path / "v" / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_rank_that_does_not_write_still_goes_through_all_tensors(tmp_path, checkpoint, weights):
+    parameters = iter(weights.items())
+    assert write_weights(parameters, tmp_path / "v", checkpoint=checkpoint, writes=False) == 0
+    assert next(parameters, None) is None
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path, checkpoint, weights):
+    def parameters():
+        yield from list(weights.items())[:3]
+        raise ConnectionError("a rank is gone")
+
+    with pytest.raises(ConnectionError):
+        write_weights(parameters(), tmp_path / "v", checkpoint=checkpoint, writes=True, max_shard_bytes=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("change", ["drop", "add"])
+def test_other_names_than_the_checkpoints_are_refused(tmp_path, checkpoint, weights, change):
+    if change == "drop":
+        del weights["model.layer.2"]
+    else:
+        weights["module.layer.2"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"layer\.2"):
+        write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
+
+
+def test_the_tied_head_may_be_there_or_not(tmp_path, checkpoint, weights):
+    weights["lm_head.weight"] = torch.zeros(1)
+    write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
+
+
+def test_a_version_is_written_once(tmp_path, checkpoint, weights):
+    write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
+    with pytest.raises(FileExistsError):
+        write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
+
+
+def _create(tmp_path: Path, checkpoint: Path, *, one_machine: bool = True) -> WeightStore:
+    shared = tmp_path / "shm"
+    shared.mkdir(exist_ok=True)
+    return WeightStore.create(tmp_path / "out", checkpoint, one_machine=one_machine, shared_memory=shared)
+
+
+def test_the_store_is_in_shared_memory_on_one_machine_and_in_the_output_on_several(tmp_path, checkpoint):
+    with _create(tmp_path, checkpoint) as store:
+        assert store.root.parent == tmp_path / "shm"
+    with _create(tmp_path, checkpoint, one_machine=False) as store:
+        assert store.root.parent == tmp_path / "out"
+    assert list((tmp_path / "out").iterdir()) == list((tmp_path / "shm").iterdir()) == []
+
+
+def test_small_shared_memory_is_left_alone(tmp_path, checkpoint, monkeypatch):
+    usage = type("Usage", (), {"free": 1})
+    monkeypatch.setattr("slime.weight_sync.disk.shutil.disk_usage", lambda path: usage)
+    with _create(tmp_path, checkpoint) as store:
+        assert store.root.parent == tmp_path / "out"
+
+
+def test_only_the_newest_version_stays(tmp_path, checkpoint, weights):
+    with _create(tmp_path, checkpoint) as store:
+        for version in ("0", "1"):
+            target = store.path_for(version)
+            write_weights(iter(weights.items()), target, checkpoint=checkpoint, writes=True)
+            store.retire_all_but(version)
+        assert [path.name for path in store.root.iterdir() if path.is_dir()] == ["version-1"]
+        assert store.current == store.path_for("1")
+
+
+def test_a_killed_runs_folder_is_removed_and_a_living_ones_is_not(tmp_path, checkpoint):
+    shared = tmp_path / "shm"
+    abandoned = shared / f"{PREFIX}dead"
+    abandoned.mkdir(parents=True)
+    (abandoned / ".lock").touch()
+    with _create(tmp_path, checkpoint) as first, _create(tmp_path, checkpoint) as second:
+        assert not abandoned.exists()
+        assert first.root.exists()
+        assert second.root.exists()
+
+
+def test_a_checkpoint_without_safetensors_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="--hf-checkpoint"):
+        _create(tmp_path, tmp_path / "empty")
