@@ -1,0 +1,158 @@
+# shellcheck shell=bash
+# What the project's scripts share: messages, the environment's Python, and processes that are started, waited for
+# and ended by the script that started them. Sourced, never run. Nothing here ends a process it did not start.
+
+SLIME_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+readonly SLIME_REPO
+
+say() { printf '%s\n' "$*"; }
+
+die() {
+  printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
+  exit 1
+}
+
+# environment_folder: the active virtual environment, else .venv in the repository. Conda's base environment does not
+# count as active: it is everybody's.
+environment_folder() {
+  if [ -n "${VIRTUAL_ENV:-}" ]; then
+    printf '%s\n' "$VIRTUAL_ENV"
+  elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" != base ]; then
+    printf '%s\n' "$CONDA_PREFIX"
+  else
+    printf '%s\n' "$SLIME_REPO/.venv"
+  fi
+}
+
+# first_python CANDIDATE...: the first that is Python 3.11 or newer. A pyenv shim can be there and not run: it is tried.
+first_python() {
+  local candidate
+  for candidate in "$@"; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return 0
+    fi
+  done
+  return 1
+}
+
+# base_python: the Python that makes environments: SLIME_SETUP_PYTHON, else the first that fits.
+base_python() {
+  if [ -n "${SLIME_SETUP_PYTHON:-}" ]; then
+    first_python "$SLIME_SETUP_PYTHON" && return 0
+    die "SLIME_SETUP_PYTHON is $SLIME_SETUP_PYTHON, which is no Python 3.11 or newer. Name one that is, or unset it."
+  fi
+  first_python python3.11 python3.12 python3.13 python3 python && return 0
+  die "no Python 3.11 or newer was found (tried python3.11, python3.12, python3.13, python3, python)." \
+    "Install one, or name it by SLIME_SETUP_PYTHON=/path/to/python3.11."
+}
+
+# has_gpu: whether the driver lists at least one GPU.
+has_gpu() { [ "$(gpu_count)" -gt 0 ]; }
+
+gpu_count() {
+  if command -v nvidia-smi >/dev/null 2>&1; then
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
+  else
+    echo 0
+  fi
+}
+
+# port_taken PORT [HOST]: whether something answers there.
+port_taken() { (exec 3<>"/dev/tcp/${2:-127.0.0.1}/$1") 2>/dev/null; }
+
+# http_ok HOST PORT PATH: whether a GET there is answered with status 200.
+http_ok() {
+  (
+    exec 3<>"/dev/tcp/$1/$2" || exit 1
+    printf 'GET %s HTTP/1.0\r\nHost: %s\r\nConnection: close\r\n\r\n' "$3" "$1" >&3
+    IFS= read -r -t 10 status <&3 || exit 1
+    [[ "$status" == HTTP/1.?\ 200* ]]
+  ) 2>/dev/null
+}
+
+# --- processes of our own ---------------------------------------------------------------------------------------
+OWN_PIDS=()
+STOP_GRACE_SECONDS="${STOP_GRACE_SECONDS:-20}"
+
+# start_own COMMAND...: runs it in the background as the leader of a process group of its own; its PID is in STARTED.
+# The group keeps a Ctrl-C at the terminal away from it: ending is this script's business, in its own order.
+start_own() {
+  set -m
+  "$@" </dev/null &
+  STARTED=$!
+  set +m
+  OWN_PIDS+=("$STARTED")
+}
+
+# run_own COMMAND...: start_own, then wait. Unlike a foreground command this lets a signal be answered at once.
+run_own() {
+  local pid status=0
+  start_own "$@"
+  pid=$STARTED
+  wait "$pid" || status=$?
+  forget_own "$pid"
+  return "$status"
+}
+
+forget_own() {
+  local pid kept=()
+  for pid in ${OWN_PIDS[@]+"${OWN_PIDS[@]}"}; do
+    [ "$pid" = "$1" ] || kept+=("$pid")
+  done
+  OWN_PIDS=(${kept[@]+"${kept[@]}"})
+}
+
+# stop_pid PID: asks the leader to end, gives it STOP_GRACE_SECONDS, then ends what is left of its group.
+stop_pid() {
+  local pid=$1 ticks=$((STOP_GRACE_SECONDS * 10))
+  kill -TERM "$pid" 2>/dev/null || true
+  while kill -0 "$pid" 2>/dev/null && [ "$ticks" -gt 0 ]; do
+    sleep 0.1
+    ticks=$((ticks - 1))
+  done
+  kill -KILL -- "-$pid" 2>/dev/null || true
+  wait "$pid" 2>/dev/null || true
+}
+
+# stop_own: ends all that start_own started and nothing else, the newest first.
+stop_own() {
+  local i
+  for ((i = ${#OWN_PIDS[@]} - 1; i >= 0; i--)); do
+    stop_pid "${OWN_PIDS[$i]}"
+  done
+  OWN_PIDS=()
+}
+
+# end_with_script: stop_own on every exit path, with the exit codes that a shell gives for signals.
+end_with_script() {
+  trap 'status=$?; trap "" INT TERM HUP; stop_own; exit "$status"' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  trap 'exit 129' HUP
+}
+
+# wait_healthy NAME PID HOST PORT LOG SECONDS: returns once GET /health is answered with 200; shows the log's tail and
+# fails when the process ends first or the time is over.
+wait_healthy() {
+  local name=$1 pid=$2 host=$3 port=$4 log=$5 limit=$6 begin=$SECONDS
+  until http_ok "$host" "$port" /health; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      log_tail "$log"
+      die "the $name server ended before it was ready; the end of its log is above, all of it in $log"
+    fi
+    if [ $((SECONDS - begin)) -ge "$limit" ]; then
+      log_tail "$log"
+      die "the $name server was not ready after $limit s; the end of its log is above, all of it in $log"
+    fi
+    sleep 0.5
+  done
+}
+
+log_tail() {
+  {
+    echo "--- last lines of $1"
+    tail -n 40 "$1" || true
+    echo "---"
+  } >&2
+}

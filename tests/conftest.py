@@ -1,0 +1,29 @@
+"""What every test shares: single-threaded torch, and no access to hubs or to a user's keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Set before any test module imports transformers or datasets: a missing file is an error here, not a download.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    """Keep the machine's cores for the servers that tests start, and sums in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hide `SLIME_SCRIPT_*` and keys of the caller's shell from the tests."""
+    for name in [*os.environ]:
+        if name.startswith(("SLIME_SCRIPT_", "SLIME_ENGINE_")) or name in {"WANDB_API_KEY", "HF_TOKEN"}:
+            monkeypatch.delenv(name)
+    yield
