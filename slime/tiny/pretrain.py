@@ -1,0 +1,114 @@
+"""Pre-trains one tiny model from scratch on a stream of generated problems.
+
+Supervised next-token training on written solutions. Learning is a phase transition (an accuracy of 0.02
+becomes 0.6 within a hundred steps), so the weights that are returned are chosen by greedy validation
+accuracy.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Qwen3VLForConditionalGeneration
+
+from slime.tiny.accuracy import greedy_accuracy
+from slime.tiny.examples import Encoder
+from slime.tiny.geometry import Problem, problems, solve
+from slime.tiny.model import build_model
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one checkpoint is made."""
+
+    seed: int
+    steps: int
+    learning_rate: float = 2e-3
+    """The peak; reached after `warmup` steps, then a cosine to zero."""
+    warmup: int = 50
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    forgetful: float = 0.0
+    """Share of the solutions that leave out the last step."""
+    stop_within: tuple[float, float] | None = None
+    """Stop at the first check whose validation accuracy lies in this range; None runs all steps."""
+    check_every: int = 100
+
+
+def pretrain(
+    settings: Settings,
+    encoder: Encoder,
+    held_out: Sequence[Problem],
+    validation: Sequence[Problem],
+    name: str,
+) -> Qwen3VLForConditionalGeneration:
+    """Train a model; RuntimeError when no check met `stop_within`.
+
+    No picture of `held_out` is trained on. Without `stop_within` the weights of the best check are returned,
+    the latest of equals.
+    """
+    model = build_model(settings.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, settings))
+    stream = _written_solutions(settings, {problem.picture_hash for problem in held_out})
+    best, best_state = -1.0, dict[str, Tensor]()
+    with tqdm(total=settings.steps, desc=name, unit="step") as bar:
+        for step in range(1, settings.steps + 1):
+            loss = _train_step(model, optimizer, encoder, [next(stream) for _ in range(settings.batch_size)])
+            schedule.step()
+            bar.update()
+            if step % settings.check_every and step != settings.steps:
+                continue
+            accuracy = greedy_accuracy(model.eval(), encoder, validation)
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
+            if settings.stop_within is not None:
+                if settings.stop_within[0] <= accuracy <= settings.stop_within[1]:
+                    return model
+            elif accuracy >= best:
+                best, best_state = accuracy, {key: value.clone() for key, value in model.state_dict().items()}
+    if settings.stop_within is not None:
+        raise RuntimeError(
+            f"no check of {name} had a validation accuracy within {settings.stop_within} in {settings.steps} "
+            "steps: check more often, or take another seed"
+        )
+    model.load_state_dict(best_state)
+    return model
+
+
+def _train_step(
+    model: Qwen3VLForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    encoder: Encoder,
+    rows: Sequence[tuple[str, Image.Image, str]],
+) -> float:
+    """Take one optimizer step on (problem, picture, solution) rows; return the loss."""
+    texts, images, solutions = zip(*rows, strict=True)
+    batch = encoder.examples(texts, images, solutions)
+    loss = model.train()(**batch.inputs, labels=batch.labels).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _cosine(step: int, settings: Settings) -> float:
+    """Return the factor on the learning rate."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _written_solutions(settings: Settings, held_out: set[str]) -> Iterator[tuple[str, Image.Image, str]]:
+    rng = random.Random(settings.seed)
+    for problem in problems(rng, set(held_out)):
+        forget = rng.random() < settings.forgetful
+        yield problem.text, problem.image, solve(problem.kind, problem.figure, forget_last_step=forget)
