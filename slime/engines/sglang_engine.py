@@ -173,9 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start one server in the foreground, its output ours, and end it on SIGTERM, Ctrl-C or our own death."""
     parser = _parser()
     options, extra_args = parser.parse_known_args(argv)
-    visible = options.gpus if options.gpus is not None else os.environ.get("CUDA_VISIBLE_DEVICES", "")
     try:
-        gpus = [int(number) for number in visible.split(",") if number.strip()] or None
+        gpus = _device_numbers(options.gpus)
         command, env = sglang_command(
             options.model_path,
             options.port,
@@ -200,6 +199,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     supervisor = Supervisor(grace=CPU_GRACE_SECONDS if gpus is None else GPU_GRACE_SECONDS, owner_pid=owner)
     supervisor.start(command, env)
     return supervisor.run()
+
+
+def _device_numbers(option: str | None) -> list[int] | None:
+    """Return the GPUs of `--gpus`, or of CUDA_VISIBLE_DEVICES where it is not given; None for the CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if option is None else option
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"GPUs are given as {visible!r}; name them by number, as --gpus 0,1.")
+    return [int(name) for name in names] or None
 
 
 def _parser() -> argparse.ArgumentParser:
