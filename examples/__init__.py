@@ -1,0 +1,1 @@
+"""Recipes: each folder is one that runs, and that a user copies and edits."""

@@ -1,0 +1,1 @@
+"""On-policy distillation of a vision-language model."""

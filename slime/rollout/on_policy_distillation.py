@@ -1,0 +1,232 @@
+"""The teacher's part of on-policy distillation: score the very tokens that the student sampled.
+
+`reward_func` asks the server at `--rm-url` and checks that it scored these tokens; `post_process_rewards`
+writes `sample.teacher_log_probs`. Both have slime's plugin signatures. With `engines/` beside it this file
+needs nothing of slime but a `Sample` and a flat `args`. It trains nothing and grades nothing. Shape letters:
+R response tokens, P prompt tokens (expanded: a picture counts `grid.prod() // merge²`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+
+from slime.engines.api import (
+    AnswerError,
+    ScoreMismatchError,
+    collapse_image_pads,
+    image_data_uri,
+    score_payload,
+    score_triples,
+)
+from slime.engines.client import EngineClient
+from slime.engines.model_facts import ModelFacts, model_facts
+from slime.utils.types import Sample
+
+REMEDY = "Is the teacher running? See its log (teacher*.log in its output folder) and check --rm-url."
+
+
+class TeacherArgs(Protocol):
+    """What is read of the arguments in slime and here alike; `teacher_settings` reads the rest."""
+
+    @property
+    def rm_url(self) -> str | None: ...
+    @property
+    def reward_key(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSettings:
+    """How the teacher is asked."""
+
+    urls: tuple[str, ...]
+    concurrency: int
+    timeout: float
+    facts: ModelFacts | None
+    """Of the student's checkpoint, whose vocabulary the teacher shares; None where `args` names none."""
+
+
+def teacher_settings(args: TeacherArgs) -> TeacherSettings:
+    """Read the settings. The one place that allows for flags that upstream slime does not have."""
+
+    def flag(name: str, absent: Any) -> Any:
+        return getattr(args, name) if hasattr(args, name) else absent
+
+    urls = tuple(flag("rm_urls", ())) or ((args.rm_url,) if args.rm_url else ())
+    if not urls:
+        raise ValueError(
+            "no --rm-url is given; name the teacher's server, as http://127.0.0.1:13141/generate."
+        )
+    checkpoint = flag("hf_checkpoint", None)
+    return TeacherSettings(
+        urls=urls,
+        concurrency=flag("teacher_concurrency", 256),
+        timeout=flag("teacher_timeout", 120.0),
+        facts=model_facts(checkpoint) if checkpoint else None,
+    )
+
+
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[TeacherSettings, EngineClient]] = (
+    WeakKeyDictionary()
+)
+"""A plugin is a bare function: its connection pool lives as long as the event loop that it is called in."""
+
+
+def teacher_client(settings: TeacherSettings) -> EngineClient:
+    """Return the running loop's client for these settings."""
+    clients = _clients.setdefault(asyncio.get_running_loop(), {})
+    if settings not in clients:
+        clients[settings] = EngineClient(
+            settings.urls,
+            role="teacher",
+            remedy=REMEDY,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
+        )
+    return clients[settings]
+
+
+async def close_teacher_clients() -> None:
+    """Close the running loop's connections to teachers."""
+    for client in _clients.pop(asyncio.get_running_loop(), {}).values():
+        await client.close()
+
+
+async def reward_func(args: TeacherArgs, sample: Sample, **kwargs: Any) -> dict[str, Any]:
+    """Score one response under the teacher at `--rm-url`, pictures included."""
+    return await score_response(args, sample)
+
+
+def post_process_rewards(
+    args: TeacherArgs, samples: list[Sample], **kwargs: Any
+) -> tuple[list[float], list[float]]:
+    """Attach the teacher's log-probs to each sample; return (raw rewards, rewards), all zero.
+
+    Pure distillation has no reward: the signal is the reverse KL that the trainer subtracts from the
+    advantages.
+    """
+    for sample in samples:
+        sample.teacher_log_probs = teacher_log_probs(sample.get_reward_value(args), sample.response_length)
+    return [0.0] * len(samples), [0.0] * len(samples)
+
+
+async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
+    """Return the teacher's scores of a response: the last R + 1 triples, the first a placeholder.
+
+    The answer's form is the server's own, `{"meta_info": {"input_token_logprobs": [...]}}`, with only what is
+    read.
+
+    Raises:
+        EngineError: the teacher cannot be reached, refuses, or scored something else than the sampled tokens.
+    """
+    if sample.response_length == 0:
+        return {"meta_info": {"input_token_logprobs": [[None, sample.tokens[-1], None]]}}
+    settings = teacher_settings(args)
+    request = _request(sample, settings.facts)
+    images = await _encoded_images(sample)
+    if images and request.image_pads is not None and request.image_pads != len(images):
+        raise ScoreMismatchError(
+            f"sample {sample.index} has {len(images)} pictures and its prompt {request.image_pads} image "
+            f"pads; the teacher would see other pictures than the student."
+        )
+    payload = score_payload(request.tokens, request.prompt_length - 1, images)
+    answer = await teacher_client(settings).generate(payload, group=sample.group_index)
+    facts = settings.facts
+    try:
+        triples = score_triples(
+            answer,
+            sample.tokens[len(sample.tokens) - sample.response_length :],
+            vocab_size=facts.vocab_size if facts else None,
+            prompt_tokens=request.prompt_length + sample.response_length if request.exact else None,
+            image_tokens=request.image_tokens if request.exact else None,
+        )
+    except (AnswerError, ScoreMismatchError) as error:
+        raise type(error)(
+            f"sample {sample.index}, scored by the teacher at {settings.urls[0]}: {error}"
+        ) from error
+    return {"meta_info": {"input_token_logprobs": triples}}
+
+
+def teacher_log_probs(answer: Any, response_length: int) -> torch.Tensor:
+    """Return the teacher's log-probs of the response, float32 [R], from what `score_response` (or a server)
+    returned.
+
+    Raises:
+        ScoreMismatchError: there are fewer than R scores, or one of them is null.
+    """
+    triples = answer["meta_info"]["input_token_logprobs"]
+    if len(triples) < response_length:
+        raise ScoreMismatchError(
+            f"the teacher scored {len(triples)} positions; the response has {response_length} tokens."
+        )
+    values = [triple[0] for triple in triples[len(triples) - response_length :]]
+    if None in values:
+        raise ScoreMismatchError(
+            f"the teacher's log-prob of response token {values.index(None)} of {response_length} is null; "
+            f"the server met NaN or -inf there, or the scores begin too late (logprob_start_len must be the "
+            f"prompt's length less one)."
+        )
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A sample as it goes over the wire, and what is known of its length there."""
+
+    tokens: list[int]
+    prompt_length: int
+    """P, expanded, where `exact`; otherwise a lower bound: scores are then read from the end of a longer
+    list."""
+    exact: bool
+    image_pads: int | None
+    image_tokens: int
+
+
+def _request(sample: Sample, facts: ModelFacts | None) -> _Request:
+    """Bring the prompt into wire form (upstream slime holds it expanded) and count what it expands to."""
+    cut = len(sample.tokens) - sample.response_length
+    prompt, response = list(sample.tokens[:cut]), list(sample.tokens[cut:])
+    if facts is None or facts.image_token_id is None:
+        return _Request(
+            prompt + response, len(prompt), exact=not _images(sample), image_pads=None, image_tokens=0
+        )
+    pad = facts.image_token_id
+    if pad in response:
+        raise ScoreMismatchError(
+            f"sample {sample.index} sampled the image pad (id {pad}) at response position "
+            f"{response.index(pad)}; no server can score that. Ban it in the rollout (logit_bias)."
+        )
+    wire = collapse_image_pads(prompt, pad)
+    pads = wire.count(pad)
+    grids = _grids(sample)
+    if grids is not None and len(grids) == pads:
+        image_tokens = facts.image_tokens(grids)
+    else:
+        # without grids an expanded prompt still tells its length; one that is in wire form already does not
+        image_tokens = prompt.count(pad)
+    exact = pads == 0 or grids is not None or len(wire) < len(prompt)
+    return _Request(wire + response, len(wire) - pads + image_tokens, exact, pads, image_tokens)
+
+
+def _images(sample: Sample) -> Sequence[Any]:
+    return (sample.multimodal_inputs or {}).get("images") or ()
+
+
+def _grids(sample: Sample) -> list[tuple[int, ...]] | None:
+    """Return the (t, h, w) of each picture, from a list or (upstream) a tensor; None where the sample has
+    none."""
+    grids = (sample.multimodal_train_inputs or {}).get("image_grid_thw")
+    return None if grids is None else [tuple(int(side) for side in grid) for grid in grids]
+
+
+async def _encoded_images(sample: Sample) -> list[str]:
+    """Encode the pictures off the event loop: one that was never encoded costs many milliseconds."""
+    images = _images(sample)
+    if not images:
+        return []
+    return await asyncio.to_thread(lambda: [image_data_uri(image) for image in images])
