@@ -1,0 +1,229 @@
+"""Pictures of a data set: fetched, checked, resized once, encoded as PNG once.
+
+What comes out is of a size that every processor leaves alone, so that student engine, teacher and trainer see the same
+pixels and count the same tokens. Slow by nature (decoding, network): call it from a worker thread, off an event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from slime.utils.processing_utils import (
+    MAX_IMAGE_BYTES,
+    BadImageError,
+    attach_png,
+    decode_image,
+    encode_png,
+    open_image,
+    to_rgb,
+)
+
+FETCH_SECONDS = 20.0
+FETCH_ATTEMPTS = 3
+FETCH_BLOCK = 2**16
+STORE_BYTES = 2**30
+URL_SCHEMES = ("http://", "https://")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A prepared picture as it travels: content hash, bytes, patch grid."""
+
+    sha256: str
+    png: bytes
+    grid_thw: tuple[int, int, int]
+
+
+def load_image(source: Any, image_root: str | Path | None = None, confined: bool = False) -> Image.Image:
+    """Open a picture of a data row: PIL, bytes, `{"bytes", "path"}`, path, http(s) URL or data URI.
+
+    A relative path is looked up below `image_root` and may not leave it; with `confined` an absolute one may not either.
+
+    Raises:
+        BadImageError: it cannot be had, decoded or used.
+    """
+    if isinstance(source, dict) and source.get("bytes") is None:
+        source = source.get("path") or source.get("url")
+        if source is None:
+            raise BadImageError("the picture has neither bytes nor a path.")
+    if isinstance(source, str) and source.startswith(URL_SCHEMES):
+        return decode_image(fetch(source))
+    if isinstance(source, str) and not source.startswith("data:"):
+        return open_image(_local_path(source, image_root, confined))
+    return open_image(source)
+
+
+def _local_path(text: str, image_root: str | Path | None, confined: bool) -> Path:
+    """Return the file that a row's path means, inside the root."""
+    if "://" in text[:20]:
+        raise BadImageError(
+            f"{text[:80]!r}: only http and https URLs are fetched; give a plain path for a file."
+        )
+    path = Path(text)
+    if path.is_absolute() and not confined:
+        return path
+    if image_root is None:
+        raise BadImageError(
+            f"{text[:200]!r} is a relative path and there is no folder it is relative to; set --image-root."
+        )
+    root = Path(image_root).resolve()
+    try:
+        resolved = (root / path).resolve()
+    except (OSError, ValueError) as error:
+        raise BadImageError(f"{text[:200]!r} is no path: {error}") from error
+    if not resolved.is_relative_to(root):
+        raise BadImageError(
+            f"{text[:200]!r} leads out of the picture folder {root}; set --image-root to a folder above it."
+        )
+    return resolved
+
+
+def fetch(url: str) -> bytes:
+    """Download a picture within a time and a size limit; connection errors and 5xx answers are tried again.
+
+    Raises:
+        BadImageError: it cannot be had.
+    """
+    deadline = time.monotonic() + FETCH_SECONDS
+    for attempt in range(1, FETCH_ATTEMPTS + 1):
+        try:
+            return _fetch_once(url, deadline)
+        except urllib.error.HTTPError as error:
+            final = error.code < 500
+            reason = f"HTTP {error.code} {error.reason}"
+        except (OSError, HTTPException) as error:  # URLError, timeouts, resets
+            final = False
+            reason = str(error) or type(error).__name__
+        except ValueError as error:
+            raise BadImageError(f"{url[:200]} cannot be fetched: {error}") from error
+        if final or attempt == FETCH_ATTEMPTS or time.monotonic() > deadline:
+            raise BadImageError(
+                f"{url[:200]} cannot be fetched: {reason} ({attempt} of {FETCH_ATTEMPTS} attempts)"
+            )
+        time.sleep(0.2 * attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _fetch_once(url: str, deadline: float) -> bytes:
+    """Read the body block by block, so that a slow drip ends at the deadline too."""
+    request = urllib.request.Request(url, headers={"User-Agent": "slime-opd-vlm"})
+    data = bytearray()
+    timeout = max(0.1, deadline - time.monotonic())
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        while block := answer.read1(FETCH_BLOCK):
+            data += block
+            if len(data) > MAX_IMAGE_BYTES:
+                raise BadImageError(f"it is larger than {MAX_IMAGE_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not complete after {FETCH_SECONDS:g} s")
+    return bytes(data)
+
+
+def prepare_picture(
+    image: Image.Image, image_processor: Any, min_pixels: int | None = None, max_pixels: int | None = None
+) -> tuple[Image.Image, Picture]:
+    """Resize once to what every processor leaves alone, and encode once.
+
+    Returns the picture opened from its PNG (decoded when somebody asks for pixels) and its travelling form.
+
+    Raises:
+        BadImageError: too long and thin, or its limits cannot be met.
+    """
+    factor = image_processor.patch_size * image_processor.merge_size
+    low, high = pixel_limits(image_processor, min_pixels, max_pixels)
+    height, width = target_size(image.height, image.width, factor, low, high)
+    rgb = to_rgb(image)
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling(int(image_processor.resample)))
+    png = encode_png(rgb)
+    opened = Image.open(io.BytesIO(png), formats=("PNG",))
+    attach_png(opened, png)
+    patch = image_processor.patch_size
+    return opened, Picture(hashlib.sha256(png).hexdigest(), png, (1, height // patch, width // patch))
+
+
+def pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
+    """Return the smallest and largest area that both the processor and the flags allow.
+
+    Raises:
+        BadImageError: no area satisfies both.
+    """
+    low, high = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    low = low if min_pixels is None else max(low, min_pixels)
+    high = high if max_pixels is None else min(high, max_pixels)
+    if low > high:
+        raise BadImageError(
+            f"pictures need at least {low} and at most {high} pixels; the model's processor takes "
+            f"{image_processor.size['shortest_edge']} to {image_processor.size['longest_edge']}: "
+            "change --image-min-pixels or --image-max-pixels."
+        )
+    return low, high
+
+
+def target_size(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
+    """Return the (height, width) that the processors' own rule gives and then leaves alone.
+
+    Raises:
+        BadImageError: an empty picture, sides too unequal, or no multiple of `factor` within the limits.
+    """
+    if height < 1 or width < 1:
+        raise BadImageError(f"the picture is empty ({width}x{height}).")
+    try:
+        target = smart_resize(height, width, factor=factor, min_pixels=low, max_pixels=high)
+        again = smart_resize(*target, factor=factor, min_pixels=low, max_pixels=high)
+    except ValueError as error:
+        raise BadImageError(f"a picture of {width}x{height} pixels cannot be resized: {error}") from error
+    if again != target:
+        raise BadImageError(
+            f"a picture of {width}x{height} pixels has no size in multiples of {factor} between {low} and {high} pixels; "
+            "widen --image-min-pixels or --image-max-pixels."
+        )
+    return target
+
+
+class PictureStore:
+    """Content hash to PNG, the least recently used forgotten beyond a number of bytes. Safe for threads."""
+
+    def __init__(self, max_bytes: int = STORE_BYTES) -> None:
+        self._pictures: OrderedDict[str, Picture] = OrderedDict()
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def add(self, picture: Picture) -> Picture:
+        """Keep a picture; return the one that is kept under its hash."""
+        with self._lock:
+            if picture.sha256 not in self._pictures:
+                self._pictures[picture.sha256] = picture
+                self._bytes += len(picture.png)
+            self._pictures.move_to_end(picture.sha256)
+            while self._bytes > self._max_bytes and len(self._pictures) > 1:
+                _, forgotten = self._pictures.popitem(last=False)
+                self._bytes -= len(forgotten.png)
+            return self._pictures[picture.sha256]
+
+    def png(self, hashes: Iterable[str]) -> dict[str, bytes]:
+        """Return the PNG of each hash.
+
+        Raises:
+            KeyError: a picture was never prepared here, or is forgotten.
+        """
+        with self._lock:
+            return {sha256: self._pictures[sha256].png for sha256 in hashes}

@@ -1,0 +1,230 @@
+"""From one row to a prepared prompt: columns, checks, pictures, template, length limit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from PIL import Image
+
+from slime.arguments.data import DataArgs
+from slime.data.errors import BadRow, DataError
+from slime.data.expand import expanded_length
+from slime.data.images import Picture, PictureStore, load_image, pixel_limits, prepare_picture
+from slime.data.prompts import PromptBuilder, PromptDraft, PromptError
+from slime.data.reader import RowRef, data_folder, read_rows
+from slime.utils.processing_utils import BadImageError, blank_like
+from slime.utils.types import Sample
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt with all that its samples share."""
+
+    text: str
+    tokens: list[int]
+    """Wire form: one image pad a picture."""
+    label: str | None
+    images: list[Image.Image] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def sample(self, group_index: int, index: int) -> Sample:
+        """Return a fresh sample; token list and metadata are its own, pictures are shared."""
+        return Sample(
+            group_index=group_index,
+            index=index,
+            prompt=self.text,
+            tokens=list(self.tokens),
+            label=self.label,
+            multimodal_inputs={"images": self.images} if self.images else None,
+            multimodal_train_inputs=self._train_inputs() if self.pictures else None,
+            metadata=dict(self.metadata),
+        )
+
+    def _train_inputs(self) -> dict[str, Any]:
+        return {
+            "image_hashes": [picture.sha256 for picture in self.pictures],
+            "image_grid_thw": [picture.grid_thw for picture in self.pictures],
+        }
+
+
+class RowPreparer:
+    """Opens a data set, checks every row as far as that is cheap, and prepares rows on demand."""
+
+    def __init__(
+        self, args: DataArgs, source: str, processor: Any, store: PictureStore, *, blank: bool = False
+    ) -> None:
+        self.source = source
+        self._args = args
+        self._store = store
+        self._blank = blank
+        self._image_processor = processor.image_processor
+        self._merge_size = 1 if processor.image_processor is None else processor.image_processor.merge_size
+        self._image_root = args.image_root or data_folder(source)
+        self._image_column = args.multimodal_keys.get("image")
+        self._rows = read_rows(source, self._columns())
+        self._require_columns()
+        try:
+            self._builder = PromptBuilder(
+                processor, apply_chat_template=args.apply_chat_template, system_prompt=args.system_prompt
+            )
+            if self._image_processor is not None:
+                pixel_limits(self._image_processor, args.image_min_pixels, args.image_max_pixels)
+        except (PromptError, BadImageError) as error:
+            raise DataError(str(error)) from error
+        self._known_bad: dict[int, BadRow] = {}
+        self.fingerprint = self._check_all()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def try_prepare(self, index: int) -> PreparedPrompt | BadRow:
+        """Return the prepared prompt of a row, or what is wrong with it. Safe for threads."""
+        if index in self._known_bad:
+            return self._known_bad[index]
+        try:
+            return self._prepare(self._rows[index])
+        except BadRow as error:
+            return error
+
+    def _columns(self) -> list[str]:
+        args = self._args
+        wanted = (args.input_key, args.label_key, self._image_column, args.metadata_key)
+        return list(dict.fromkeys(column for column in wanted if column))
+
+    def _require_columns(self) -> None:
+        """Refuse a file that lacks a column in all its rows: a flag is wrong, not a row."""
+        args = self._args
+        flags = {
+            "--input-key": args.input_key,
+            "--label-key": args.label_key,
+            "--multimodal-keys": self._image_column,
+        }
+        for shard in {id(row.shard): row.shard for row in self._rows}.values():
+            for flag, column in flags.items():
+                if column is not None and shard.columns is not None and column not in shard.columns:
+                    raise DataError(
+                        f"{shard.name} has no column {column!r}, which {flag} names; it has "
+                        f"{', '.join(shard.columns)}. Set {flag}"
+                        + (" ('{}' for text alone)." if flag == "--multimodal-keys" else " to the right one.")
+                    )
+
+    def _check_all(self) -> str:
+        """Note every row whose text is bad, or raise the first; return a hash of what the rows say."""
+        digest = hashlib.sha256()
+        for index, row in enumerate(self._rows):
+            try:
+                prompt, label, _ = self._read_text(row)
+                pictures = [None] * self._count_pictures(row)
+                self._draft(row, prompt, pictures)
+                said = orjson.dumps([prompt, label, len(pictures)], default=str)
+            except BadRow as error:
+                if self._args.bad_rows == "refuse":
+                    raise
+                self._known_bad[index] = error
+                said = error.why.encode("utf-8", "replace")
+            digest.update(hashlib.sha256(said).digest())
+        if len(self._known_bad) == len(self._rows):
+            raise DataError(f"no row of {self.source} can be used; the first one: {self._known_bad[0]}")
+        return digest.hexdigest()
+
+    def _read_text(self, row: RowRef) -> tuple[Any, str | None, dict[str, Any]]:
+        """Return (prompt, label, metadata) of a row."""
+        args = self._args
+        values = row.get([column for column in self._columns() if column != self._image_column])
+        prompt = _present(row, values, args.input_key, "--input-key")
+        label = None if args.label_key is None else _present(row, values, args.label_key, "--label-key")
+        if label is not None and not isinstance(label, str | int | float):
+            raise row.bad(
+                f"the label in column {args.label_key!r} is a {type(label).__name__}; text is needed."
+            )
+        metadata = values.get(args.metadata_key)
+        if metadata is not None and not isinstance(metadata, dict):
+            raise row.bad(
+                f"column {args.metadata_key!r} is a {type(metadata).__name__}; an object is needed."
+            )
+        return prompt, None if label is None else str(label), metadata or {}
+
+    def _count_pictures(self, row: RowRef) -> int:
+        """Return the number of pictures of a row without reading them."""
+        if self._image_column is None:
+            return 0
+        count = row.shard.count(row.index, self._image_column)
+        if count is None:
+            raise row.bad(f"no column {self._image_column!r} (--multimodal-keys).")
+        return count
+
+    def _draft(self, row: RowRef, prompt: Any, pictures: Sequence[Any]) -> PromptDraft:
+        try:
+            draft = self._builder.draft(prompt, pictures)
+        except PromptError as error:
+            raise row.bad(str(error)) from error
+        if draft.pictures and self._image_processor is None:
+            raise row.bad(
+                "the row has pictures and the model has no vision part; pass --multimodal-keys '{}'."
+            )
+        return draft
+
+    def _prepare(self, row: RowRef) -> PreparedPrompt:
+        prompt, label, metadata = self._read_text(row)
+        draft = self._draft(row, prompt, self._picture_sources(row))
+        prepared = [self._picture(row, number, source) for number, source in enumerate(draft.pictures, 1)]
+        try:
+            text, tokens = self._builder.render(draft)
+        except PromptError as error:
+            raise row.bad(str(error)) from error
+        pictures = [picture for _, picture in prepared]
+        self._limit_length(row, tokens, pictures)
+        return PreparedPrompt(
+            text=text,
+            tokens=tokens,
+            label=label,
+            images=[image for image, _ in prepared],
+            pictures=pictures,
+            metadata={**metadata, "data_file": row.file, "data_row": row.number},
+        )
+
+    def _picture_sources(self, row: RowRef) -> list[Any]:
+        if self._image_column is None:
+            return []
+        value = row.get([self._image_column]).get(self._image_column)
+        if value is None:
+            return []
+        return value if isinstance(value, list) else [value]
+
+    def _picture(self, row: RowRef, number: int, source: Any) -> tuple[Image.Image, Picture]:
+        """Open and prepare one picture of a row."""
+        args = self._args
+        try:
+            image = load_image(source, self._image_root, confined=args.image_root is not None)
+            if self._blank:
+                image = blank_like(image)
+            image, picture = prepare_picture(
+                image, self._image_processor, args.image_min_pixels, args.image_max_pixels
+            )
+        except BadImageError as error:
+            raise row.bad(f"picture {number}: {error}") from error
+        return image, self._store.add(picture)
+
+    def _limit_length(self, row: RowRef, tokens: Sequence[int], pictures: Sequence[Picture]) -> None:
+        limit = self._args.max_prompt_length
+        if limit is None:
+            return
+        length = expanded_length(tokens, [picture.grid_thw for picture in pictures], self._merge_size)
+        if length > limit:
+            raise row.bad(
+                f"the prompt has {length} tokens, picture tokens included, and --rollout-max-prompt-len is {limit}."
+            )
+
+
+def _present(row: RowRef, values: Mapping[str, Any], column: str, flag: str) -> Any:
+    """Return a value that must be there."""
+    if column not in values:
+        raise row.bad(f"no column {column!r} ({flag}).")
+    if values[column] is None:
+        raise row.bad(f"column {column!r} ({flag}) is empty.")
+    return values[column]
