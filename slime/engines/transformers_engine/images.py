@@ -1,0 +1,117 @@
+"""`image_data` strings to pixel tensors: decoding as the real server does it, then the checkpoint's PIL processor.
+
+Pixels of recent pictures are kept by the hash of their encoded bytes (they do not depend on weights), because the
+samples of one prompt bring the same picture. Vision features are never kept between forwards.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from slime.engines.transformers_engine.errors import InternalFault, InvalidValue
+
+PATH_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
+CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One picture as the vision tower takes it."""
+
+    digest: bytes
+    """SHA-256 of the encoded file; equal digests share one vision pass."""
+    values: Tensor
+    """Float32 `[patches, channels * temporal * patch * patch]`."""
+    grid: tuple[int, int, int]
+    """Time, height and width in patches."""
+
+    def merged_tokens(self, merge: int) -> int:
+        """Number of prompt tokens that the picture takes."""
+        return self.grid[0] * self.grid[1] * self.grid[2] // merge**2
+
+
+def read_image_bytes(source: str) -> bytes:
+    """Return the encoded file that a string of `image_data` names or holds."""
+    if source.startswith(("http://", "https://")):
+        raise InvalidValue(
+            f"image_data names {source[:80]}: the transformers engine does not download pictures; "
+            "send a data URI or raw base64."
+        )
+    if source.startswith("data:"):
+        return _decode_base64(source.partition(",")[2])
+    if source.startswith("file://"):
+        return _read_file(unquote(source.removeprefix("file://")))
+    if source.startswith("/"):
+        return _read_file(source)
+    if urlsplit(source).path.lower().endswith(PATH_SUFFIXES) and Path(source).exists():
+        return _read_file(source)
+    return _decode_base64(source)
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise InvalidValue(str(error)) from error
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InternalFault(f"image_data names the file {path}, which cannot be read: {error}") from error
+
+
+class ImageLoader:
+    """Turns `image_data` strings into `Pixels`; safe to call from several threads."""
+
+    def __init__(self, image_processor: Any, cache_bytes: int = CACHE_BYTES):
+        self._processor = image_processor
+        self._cache: OrderedDict[bytes, Pixels] = OrderedDict()
+        self._free_bytes = cache_bytes
+        self._lock = threading.Lock()
+
+    def load(self, source: str) -> Pixels:
+        """Return the pixels of one picture; raise InvalidValue where the bytes are no usable picture."""
+        encoded = read_image_bytes(source)
+        digest = hashlib.sha256(encoded).digest()
+        with self._lock:
+            if digest in self._cache:
+                self._cache.move_to_end(digest)
+                return self._cache[digest]
+        pixels = self._process(encoded, digest)
+        with self._lock:
+            self._keep(pixels)
+        return pixels
+
+    def _process(self, encoded: bytes, digest: bytes) -> Pixels:
+        try:
+            image = Image.open(io.BytesIO(encoded))
+            image.load()
+        except (UnidentifiedImageError, OSError) as error:
+            raise InvalidValue(f"Could not decode image: {error}") from error
+        try:
+            batch = self._processor(images=[image.convert("RGB")], return_tensors="pt")
+        except ValueError as error:
+            raise InvalidValue(str(error)) from error
+        time, height, width = batch["image_grid_thw"][0].tolist()
+        return Pixels(digest, batch["pixel_values"], (time, height, width))
+
+    def _keep(self, pixels: Pixels) -> None:
+        if pixels.digest in self._cache:
+            return
+        self._cache[pixels.digest] = pixels
+        self._free_bytes -= pixels.values.nbytes
+        while self._free_bytes < 0 and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._free_bytes += oldest.values.nbytes
