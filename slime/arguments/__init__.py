@@ -1,7 +1,8 @@
 """Every flag of a run, declared once: frozen typed groups, flat on the outside (`args.rm_url`).
 
-The lowest layer: it imports nothing else of slime. Functions take the narrowest group that they need; plugins get the
-whole `Args`. Values that a flag derives from others are filled in here, so nobody asks "or what if it is None".
+The lowest layer: it imports nothing else of slime. Functions take the narrowest group that they need; plugins
+get the whole `Args`. Values that a flag derives from others are filled in here: nobody asks "and if it is
+None?".
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Args(
 def parse_args(argv: list[str] | None = None) -> Args:
     """Read the command line (default: the process's own) into `Args`.
 
-    Ends the process with status 2, and a message on standard error that names the flags, where the command line is wrong.
+    Where the command line is wrong, ends the process with status 2 and a message that names the flags.
     """
     return parse(argv, GROUPS, Args)
 
@@ -121,4 +122,4 @@ def format_args(args: Args) -> str:
     return format_groups(args.as_dict(), GROUPS)
 
 
-__all__ = ["Args", "ArgumentsError", "GROUPS", "format_args", "parse_args"]
+__all__ = ["GROUPS", "Args", "ArgumentsError", "format_args", "parse_args"]

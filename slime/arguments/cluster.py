@@ -33,7 +33,7 @@ class ClusterArgs:
     train_backend: Literal["fsdp", "megatron"] = flag("fsdp", help="What shards and trains the student.")
     ray_address: str | None = flag(
         None,
-        help='Address of a Ray cluster that is already there ("auto" finds it). Default: start one of our own.',
+        help='Address of a Ray cluster that is already there ("auto" finds it). Default: one of our own.',
     )
 
     @property
@@ -51,6 +51,7 @@ class ClusterArgs:
             )
         if self.rollout_num_gpus and self.rollout_num_gpus % self.rollout_num_gpus_per_engine:
             yield (
-                f"--rollout-num-gpus {self.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine "
-                f"{self.rollout_num_gpus_per_engine}: some GPUs would belong to no engine. Change one of them."
+                f"--rollout-num-gpus {self.rollout_num_gpus} is no multiple of "
+                f"--rollout-num-gpus-per-engine {self.rollout_num_gpus_per_engine}: some GPUs would belong "
+                "to no engine. Change one of them."
             )

@@ -29,21 +29,26 @@ def _distillation(args: Args) -> Iterator[str]:
             "add --rm-url http://HOST:PORT/generate of the server that holds it."
         )
     if args.eval_teacher and args.rm_url is None:
-        yield "--eval-teacher asks the teacher's server, and no --rm-url names it. Add --rm-url or drop --eval-teacher."
+        yield (
+            "--eval-teacher asks the teacher's server, and no --rm-url names it. Add --rm-url or drop "
+            "--eval-teacher."
+        )
 
 
 def _rewards(args: Args) -> Iterator[str]:
     grades = args.rm_type is not None or args.custom_rm_path is not None
     if not args.use_opd and not grades:
         yield (
-            "There is nothing to learn from: no --use-opd, no --rm-type and no --custom-rm-path. Add --use-opd "
-            "--opd-type sglang --rm-url URL for distillation, or --rm-type math for the task's reward."
+            "There is nothing to learn from: no --use-opd, no --rm-type and no --custom-rm-path. Add "
+            "--use-opd --opd-type sglang --rm-url URL for distillation, or --rm-type math for the task's "
+            "reward."
         )
     trains_on_task = args.task_reward_weight > 0 or (grades and not args.use_opd)
     if trains_on_task and args.advantage_estimator == "grpo" and args.n_samples_per_prompt == 1:
         yield (
-            "--advantage-estimator grpo compares the samples of one prompt, and --n-samples-per-prompt is 1: every "
-            "task advantage would be zero. Use at least 2, or --advantage-estimator reinforce_plus_plus."
+            "--advantage-estimator grpo compares the samples of one prompt, and --n-samples-per-prompt is "
+            "1: every task advantage would be zero. Use at least 2, or --advantage-estimator "
+            "reinforce_plus_plus."
         )
     if args.task_reward_weight > 0 and args.label_key is None:
         yield "--task-reward-weight grades against reference answers; set --label-key to their column."
@@ -53,9 +58,9 @@ def _batches(args: Args) -> Iterator[str]:
     samples, batch, ranks = args.samples_per_rollout, args.global_batch_size, args.num_train_ranks
     if samples % batch:
         yield (
-            f"--rollout-batch-size {args.rollout_batch_size} times --n-samples-per-prompt {args.n_samples_per_prompt} "
-            f"is {samples} samples, no multiple of --global-batch-size {batch}: some would never be trained on. "
-            f"Choose a divisor of {samples}."
+            f"--rollout-batch-size {args.rollout_batch_size} times --n-samples-per-prompt "
+            f"{args.n_samples_per_prompt} is {samples} samples, no multiple of --global-batch-size {batch}: "
+            f"some would never be trained on. Choose a divisor of {samples}."
         )
     if batch % ranks:
         yield (
@@ -65,8 +70,9 @@ def _batches(args: Args) -> Iterator[str]:
         )
     elif args.micro_batch_size is not None and (batch // ranks) % args.micro_batch_size:
         yield (
-            f"--global-batch-size {batch} over {ranks} training ranks is {batch // ranks} samples each, no multiple of "
-            f"--micro-batch-size {args.micro_batch_size}. Choose a divisor, or --use-dynamic-batch-size."
+            f"--global-batch-size {batch} over {ranks} training ranks is {batch // ranks} samples each, no "
+            f"multiple of --micro-batch-size {args.micro_batch_size}. Choose a divisor, or "
+            "--use-dynamic-batch-size."
         )
 
 
@@ -75,4 +81,6 @@ def _engines(args: Args) -> Iterator[str]:
         yield "--deterministic-rollout is a promise of our own engine; use it with --engine transformers."
     if args.sglang and args.engine != "sglang":
         names = " ".join("--sglang-" + name.replace("_", "-") for name in args.sglang)
-        yield f"{names} is for SGLang engines, and --engine is {args.engine}. Drop it, or use --engine sglang."
+        yield (
+            f"{names} is for SGLang engines, and --engine is {args.engine}. Drop it, or use --engine sglang."
+        )

@@ -26,12 +26,12 @@ class DataArgs:
     """Data"""
 
     prompt_data: str = flag(
-        help="Training prompts: a .parquet or .jsonl file, a folder of them, or a hub dataset (owner/name, with "
-        "@split after it where it is not train)."
+        help="Training prompts: a .parquet or .jsonl file, a folder of them, or a hub dataset (owner/name). "
+        "PATH@SPLIT picks a split (default train), PATH@[FROM:TO] a slice."
     )
     input_key: str = flag("problem", help="Column of the prompt: text, or a list of messages.")
     label_key: str | None = flag("answer", help="Column of the reference answer.")
-    multimodal_keys: dict[str, str] = flag(
+    multimodal_keys: dict[str, str] = flag(  # noqa: RUF009  the field is made once, as all others
         help='Columns of the media, as JSON {"image": "images"}. {} for text alone.',
         parse=_columns,
         derive=lambda args: {"image": "images"},
@@ -48,7 +48,7 @@ class DataArgs:
     seed: int = flag(1234, help="Seed of everything that is random in a run.", at_least=0)
     bad_rows: Literal["refuse", "skip"] = flag(
         "refuse",
-        help="A row that cannot be used: refuse ends the run and names it, skip counts it and takes the next.",
+        help="A row that cannot be used: refuse ends the run and names it, skip counts it and goes on.",
     )
     max_prompt_length: int | None = flag(
         None,
@@ -74,8 +74,8 @@ class DataArgs:
         """Yield what is wrong inside this group."""
         if self.system_prompt is not None and not self.apply_chat_template:
             yield (
-                "--system-prompt is set without --apply-chat-template: there is no message list to put it in. "
-                "Add --apply-chat-template or drop --system-prompt."
+                "--system-prompt is set without --apply-chat-template: there is no message list to put it "
+                "in. Add --apply-chat-template or drop --system-prompt."
             )
         unknown = set(self.multimodal_keys) - {"image"}
         if unknown:
@@ -86,6 +86,6 @@ class DataArgs:
             and self.image_min_pixels > self.image_max_pixels
         ):
             yield (
-                f"--image-min-pixels {self.image_min_pixels} is above --image-max-pixels {self.image_max_pixels}; "
-                "no picture can be both."
+                f"--image-min-pixels {self.image_min_pixels} is above --image-max-pixels "
+                f"{self.image_max_pixels}; no picture can be both."
             )

@@ -28,7 +28,10 @@ class DistillationArgs:
                 "Add --opd-type sglang (a server at --rm-url)."
             )
         if self.opd_type is not None and not self.use_opd:
-            yield f"--opd-type {self.opd_type} is set without --use-opd: nothing would be distilled. Add --use-opd or drop it."
+            yield (
+                f"--opd-type {self.opd_type} is set without --use-opd: nothing would be distilled. Add "
+                "--use-opd or drop it."
+            )
         if self.use_opd and self.opd_kl_coef <= 0:
             yield (
                 f"--opd-kl-coef is {self.opd_kl_coef:g} with --use-opd: "
@@ -40,9 +43,13 @@ class DistillationArgs:
                 + " Set a positive coefficient or drop --use-opd."
             )
         if not self.use_opd and self.opd_kl_coef != 1.0:
-            yield f"--opd-kl-coef {self.opd_kl_coef:g} has no effect without --use-opd. Add --use-opd --opd-type sglang or drop it."
+            yield (
+                f"--opd-kl-coef {self.opd_kl_coef:g} has no effect without --use-opd. Add --use-opd "
+                "--opd-type sglang or drop it."
+            )
         if self.opd_teacher_load is not None and self.opd_type != "megatron":
             yield (
-                f"--opd-teacher-load {self.opd_teacher_load} goes with --opd-type megatron, where the trainer holds the "
-                "teacher. With --opd-type sglang the teacher is a server: name it by --rm-url and drop --opd-teacher-load."
+                f"--opd-teacher-load {self.opd_teacher_load} goes with --opd-type megatron, where the "
+                "trainer holds the teacher. With --opd-type sglang the teacher is a server: name it by "
+                "--rm-url and drop --opd-teacher-load."
             )

@@ -19,7 +19,10 @@ class EngineArgs:
     """Engine"""
 
     engine: Literal["sglang", "transformers"] = flag(
-        help="Server that generates for the student. sglang: SGLang; transformers: our small one on transformers.",
+        help=(
+            "Server that generates for the student. sglang: SGLang; transformers: our small one on "
+            "transformers."
+        ),
         derive=lambda args: "sglang" if visible_gpus() else "transformers",
         derived_from="sglang where there are GPUs, transformers otherwise",
     )
@@ -45,7 +48,7 @@ class SglangArgs:
     """SGLang pass-through"""
 
     sglang: dict[str, SglangValue] = field(default_factory=dict)
-    """Every `--sglang-NAME [VALUE …]` as {"name": value}, underscores for dashes; a flag without value is True."""
+    """Every `--sglang-NAME [VALUE …]` as {"name": value}, with underscores; True where it has no value."""
 
     def sglang_command_line(self) -> list[str]:
         """Return the collected flags as SGLang's own command line has them."""

@@ -43,21 +43,27 @@ class EvaluationArgs:
         """Yield what is wrong inside this group."""
         if len(self.eval_prompt_data) % 2:
             yield (
-                f"--eval-prompt-data has {len(self.eval_prompt_data)} words; it takes pairs of a name and a path, "
-                "as --eval-prompt-data geo3k data/test.parquet."
+                f"--eval-prompt-data has {len(self.eval_prompt_data)} words; it takes pairs of a name and a "
+                "path, as --eval-prompt-data geo3k data/test.parquet."
             )
         names = self.eval_prompt_data[::2]
         if len(set(names)) != len(names):
-            yield f"--eval-prompt-data names a set twice ({', '.join(names)}); their metrics would mix. Rename one."
+            yield (
+                f"--eval-prompt-data names a set twice ({', '.join(names)}); their metrics would mix. "
+                "Rename one."
+            )
         if self.eval_interval is not None and not self.eval_prompt_data:
             yield (
-                f"--eval-interval {self.eval_interval} is set without --eval-prompt-data: there is nothing to evaluate on. "
-                "Add --eval-prompt-data NAME PATH or drop --eval-interval."
+                f"--eval-interval {self.eval_interval} is set without --eval-prompt-data: there is nothing "
+                "to evaluate on. Add --eval-prompt-data NAME PATH or drop --eval-interval."
             )
         if self.eval_teacher and not self.eval_prompt_data:
-            yield "--eval-teacher is set without --eval-prompt-data. Add --eval-prompt-data NAME PATH or drop it."
+            yield (
+                "--eval-teacher is set without --eval-prompt-data. Add --eval-prompt-data NAME PATH or drop "
+                "it."
+            )
         if self.eval_temperature == 0 and self.n_samples_per_eval_prompt > 1:
             yield (
-                f"--n-samples-per-eval-prompt {self.n_samples_per_eval_prompt} at --eval-temperature 0 gives the same "
-                "greedy answer each time. Use 1, or a temperature above 0."
+                f"--n-samples-per-eval-prompt {self.n_samples_per_eval_prompt} at --eval-temperature 0 "
+                "gives the same greedy answer each time. Use 1, or a temperature above 0."
             )

@@ -1,12 +1,13 @@
 """How a field of an argument group becomes a command-line flag.
 
-The field's name, annotation and `flag(...)` metadata are all there is: argparse's options, the printed configuration
-and the checks are made from them. Nothing here knows which flags exist.
+The field's name, annotation and `flag(...)` metadata are all there is: argparse's options, the printed
+configuration and the checks are made from them. Nothing here knows which flags exist.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -18,7 +19,7 @@ METADATA_KEY = "slime"
 
 
 class ArgumentsError(ValueError):
-    """The flags contradict each other, are out of range, or ask for what has not landed. Lists every problem."""
+    """Flags that contradict each other, are out of range, or ask for what has not landed: every problem."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(
@@ -87,7 +88,7 @@ def flags_of(group: type) -> Iterator[Flag]:
         TypeError: a field without `flag(...)`, or of a type that no flag can have.
     """
     hints = typing.get_type_hints(group)
-    own = group.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(group)
     for declared in dataclasses.fields(group):
         if declared.name not in own:
             continue

@@ -68,8 +68,8 @@ class BatchArgs:
         """Yield what is wrong inside this group."""
         if self.use_dynamic_batch_size and self.max_tokens_per_gpu is None:
             yield (
-                "--use-dynamic-batch-size is set without --max-tokens-per-gpu: it does not say how full a micro-batch "
-                "may be. Add for example --max-tokens-per-gpu 8192."
+                "--use-dynamic-batch-size is set without --max-tokens-per-gpu: it does not say how full a "
+                "micro-batch may be. Add for example --max-tokens-per-gpu 8192."
             )
         if self.max_tokens_per_gpu is not None and not self.use_dynamic_batch_size:
             yield (
@@ -78,8 +78,8 @@ class BatchArgs:
             )
         if self.use_dynamic_batch_size and self.micro_batch_size is not None:
             yield (
-                f"--micro-batch-size {self.micro_batch_size} and --use-dynamic-batch-size both say how large a "
-                "micro-batch is. Choose one."
+                f"--micro-batch-size {self.micro_batch_size} and --use-dynamic-batch-size both say how "
+                "large a micro-batch is. Choose one."
             )
 
 
@@ -117,7 +117,10 @@ class OptimArgs:
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
         if self.min_lr > self.lr:
-            yield f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the schedule decays, so --min-lr must be at most --lr."
+            yield (
+                f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the schedule decays, so --min-lr must "
+                "be at most --lr."
+            )
         for name, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
             if beta == 1:
                 yield f"{name} is 1; it must be below 1."

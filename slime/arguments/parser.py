@@ -1,4 +1,4 @@
-"""From a command line to arguments: argparse made from the groups, unknown flags refused with the nearest known one."""
+"""From a command line to arguments: argparse from the groups; unknown flags refused, the nearest named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A = TypeVar("A")
 
 
 def parse(argv: list[str] | None, groups: Sequence[type], make: Callable[..., A]) -> A:
-    """Parse `argv` with the flags of `groups` and build the arguments by `make(**values)`; exit with 2 on an error."""
+    """Parse `argv` with the flags of `groups` and return `make(**values)`; exit with 2 on an error."""
     parser = build_parser(groups)
     try:
         sglang, rest = collect_sglang(sys.argv[1:] if argv is None else list(argv))
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None, groups: Sequence[type], make: Callable[..., A]
 
 
 def build_parser(groups: Sequence[type]) -> argparse.ArgumentParser:
-    """Return the parser; a flag that is not given leaves no trace, so that the groups' defaults alone rule."""
+    """Return the parser; a flag that is not given leaves no trace, so the groups' defaults alone rule."""
     parser = argparse.ArgumentParser(
         prog="slime.train",
         usage="python -m slime.train --hf-checkpoint MODEL --prompt-data DATA --num-rollout N [flags]",
@@ -107,6 +107,7 @@ def unknown_message(unknown: Sequence[str], known: Sequence[str]) -> str:
         sentences.append(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
     if not sentences:
         sentences.append(
-            f"unexpected words: {' '.join(unknown)}; a flag with one value was given more, or quotes are missing."
+            f"unexpected words: {' '.join(unknown)}; a flag with one value was given more, or quotes are "
+            "missing."
         )
     return "\n".join(sentences)

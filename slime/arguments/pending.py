@@ -24,7 +24,8 @@ PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
     (
         "--opd-teacher-load",
         lambda args: args.opd_teacher_load is not None,
-        f"{MEGATRON_BACKEND}, and with it a teacher inside the trainer. Serve the teacher and name it by --rm-url.",
+        f"{MEGATRON_BACKEND}, and with it a teacher inside the trainer. Serve the teacher and name it by "
+        "--rm-url.",
     ),
     (
         "Megatron's own flags",
@@ -34,8 +35,9 @@ PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
     (
         "--colocate",
         lambda args: args.colocate,
-        "training and generation taking turns on the same GPUs (release and resume of the engines' memory) has not "
-        "landed. Drop it, and give each its own GPUs by --actor-num-gpus-per-node and --rollout-num-gpus.",
+        "training and generation taking turns on the same GPUs (release and resume of the engines' memory) "
+        "has not landed. Drop it, and give each its own GPUs by --actor-num-gpus-per-node and "
+        "--rollout-num-gpus.",
     ),
     (
         "--rm-url given several times",
@@ -45,8 +47,8 @@ PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
     (
         "--rollout-temperature other than 1",
         lambda args: args.rollout_temperature != 1.0,
-        "the correction for sampling at another temperature than the one that the teacher scores at (1) has not landed. "
-        "Use --rollout-temperature 1.",
+        "the correction for sampling at another temperature than the one that the teacher scores at (1) has "
+        "not landed. Use --rollout-temperature 1.",
     ),
     (
         "--rollout-top-p below 1",

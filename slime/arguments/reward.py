@@ -50,8 +50,8 @@ class RewardArgs:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path in ("", "/"):
                 yield (
-                    f"--rm-url {url!r} is no URL with a path; it is posted to as it stands, so give the whole of it, "
-                    "as http://127.0.0.1:13141/generate."
+                    f"--rm-url {url!r} is no URL with a path; it is posted to as it stands, so give the "
+                    "whole of it, as http://127.0.0.1:13141/generate."
                 )
         for name, path in (
             ("--custom-rm-path", self.custom_rm_path),

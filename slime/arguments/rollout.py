@@ -48,4 +48,6 @@ class RolloutArgs:
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
         if self.rollout_top_k == 0:
-            yield "--rollout-top-k is 0: nothing could be sampled. Use -1 for all tokens, or a positive number."
+            yield (
+                "--rollout-top-k is 0: nothing could be sampled. Use -1 for all tokens, or a positive number."
+            )

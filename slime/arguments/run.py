@@ -28,8 +28,8 @@ class CheckpointArgs:
         """Yield what is wrong inside this group."""
         if self.save_interval is not None and self.save is None:
             yield (
-                f"--save-interval {self.save_interval} is set without --save: it does not say where to write. "
-                "Add --save FOLDER or drop --save-interval."
+                f"--save-interval {self.save_interval} is set without --save: it does not say where to "
+                "write. Add --save FOLDER or drop --save-interval."
             )
 
 

@@ -28,8 +28,8 @@ def expand_image_pads(
     pads = sum(token == image_token_id for token in tokens)
     if pads != len(grids):
         raise ValueError(
-            f"the sequence has {pads} image pads (id {image_token_id}) and {len(grids)} pictures; one pad each is needed. "
-            "Has the student sampled a pad, or were the tokens expanded before?"
+            f"the sequence has {pads} image pads (id {image_token_id}) and {len(grids)} pictures; one pad "
+            "each is needed. Has the student sampled a pad, or were the tokens expanded before?"
         )
     return expanded
 

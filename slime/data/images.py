@@ -1,7 +1,7 @@
 """Pictures of a data set: fetched, checked, resized once, encoded as PNG once.
 
-What comes out is of a size that every processor leaves alone, so that student engine, teacher and trainer see the same
-pixels and count the same tokens. Slow by nature (decoding, network): call it from a worker thread, off an event loop.
+What comes out is of a size that every processor leaves alone, so that student engine, teacher and trainer see
+the same pixels and count the same tokens. Slow by nature (decoding, network): call it from a worker thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Picture:
 def load_image(source: Any, image_root: str | Path | None = None, confined: bool = False) -> Image.Image:
     """Open a picture of a data row: PIL, bytes, `{"bytes", "path"}`, path, http(s) URL or data URI.
 
-    A relative path is looked up below `image_root` and may not leave it; with `confined` an absolute one may not either.
+    A relative path is looked up below `image_root` and may not leave it; with `confined` no path may.
 
     Raises:
         BadImageError: it cannot be had, decoded or used.
@@ -189,8 +189,8 @@ def target_size(height: int, width: int, factor: int, low: int, high: int) -> tu
         raise BadImageError(f"a picture of {width}x{height} pixels cannot be resized: {error}") from error
     if again != target:
         raise BadImageError(
-            f"a picture of {width}x{height} pixels has no size in multiples of {factor} between {low} and {high} pixels; "
-            "widen --image-min-pixels or --image-max-pixels."
+            f"a picture of {width}x{height} pixels has no size in multiples of {factor} between {low} and "
+            f"{high} pixels; widen --image-min-pixels or --image-max-pixels."
         )
     return target
 

@@ -59,8 +59,9 @@ class PromptBuilder:
             _first_user(messages)["content"][:0] = [{"type": "image"} for _ in pending]
         elif written != len(pending):
             raise PromptError(
-                f"the prompt has {written} picture placeholder{'s' * (written != 1)} and the row {len(pending)} "
-                f"picture{'s' * (len(pending) != 1)}; one each is needed (or no placeholder at all)."
+                f"the prompt has {written} picture placeholder{'s' * (written != 1)} and the row "
+                f"{len(pending)} picture{'s' * (len(pending) != 1)}; one each is needed (or no placeholder "
+                "at all)."
             )
         ordered: list[Any] = []
         for message in messages:

@@ -1,7 +1,8 @@
 """Rows with their file and number, out of parquet, jsonl, folders of them, or a hub data set.
 
-A local path wins over a hub name. `PATH@SPLIT` picks a split of a folder or of a hub data set (train by default), and
-`PATH@[FROM:TO]` a slice of the rows; both may be given: `owner/name@test@[0:100]`. Knows nothing of prompts.
+A local path wins over a hub name. `PATH@SPLIT` picks a split of a folder or of a hub data set (train by
+default), and `PATH@[FROM:TO]` a slice of the rows; both may be given: `owner/name@test@[0:100]`. Knows
+nothing of prompts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import orjson
 import pyarrow as pa
@@ -27,9 +28,13 @@ _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 class Shard(Protocol):
     """The rows of one file."""
 
-    name: str
-    columns: Sequence[str] | None
-    """The columns of the file; None where each row has its own (jsonl)."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> Sequence[str] | None:
+        """The columns of the file; None where each row has its own (jsonl)."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -46,7 +51,7 @@ class Shard(Protocol):
         ...
 
     def count(self, index: int, column: str) -> int | None:
-        """Return how many entries a value holds (0 for null, 1 for no list), None where the row lacks the column."""
+        """Return how many entries a value has (null: 0, no list: 1); None where the row lacks the column."""
         ...
 
 
@@ -234,11 +239,13 @@ def _hub_shard(name: str, split: str, columns: Sequence[str]) -> Shard:
     """Load a data set from the hub (or its local cache), pictures left encoded."""
     if not _HUB_NAME.match(name) or Path(name).suffix in SUFFIXES:
         raise DataError(f"{name} is not there, and is no hub name (owner/name) either.")
-    import datasets  # seconds to import; local files do not need it
+    from datasets import load_dataset  # seconds to import; local files do not need it
+    from datasets.exceptions import DatasetsError
 
     try:
-        table = datasets.load_dataset(name, split=split).with_format("arrow")[:]
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        # The "arrow" format hands out the table itself: pictures stay encoded.
+        table = cast(pa.Table, load_dataset(name, split=split).with_format("arrow")[:])
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         raise DataError(
             f"{name} is no local path, and the hub data set cannot be loaded (split {split!r}): {error}"
         ) from error

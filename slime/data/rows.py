@@ -217,7 +217,8 @@ class RowPreparer:
         length = expanded_length(tokens, [picture.grid_thw for picture in pictures], self._merge_size)
         if length > limit:
             raise row.bad(
-                f"the prompt has {length} tokens, picture tokens included, and --rollout-max-prompt-len is {limit}."
+                f"the prompt has {length} tokens, picture tokens included, and --rollout-max-prompt-len is "
+                f"{limit}."
             )
 
 

@@ -1,7 +1,8 @@
 """The prompt source: groups of samples in a shuffled, resumable order; and evaluation sets in file order.
 
-Cheap faults of all rows are found when the data is opened; pictures are opened when their row's turn comes. Either way
-a fault names file and row. Calls block (decoding, network): an event loop calls them in a worker thread.
+Cheap faults of all rows are found when the data is opened; pictures are opened when their row's turn comes.
+Either way a fault names file and row. Calls block (decoding, network): an event loop makes them in a worker
+thread.
 """
 
 from __future__ import annotations
@@ -89,14 +90,14 @@ class PromptSource:
         """
         if (state["rows"], state["fingerprint"]) != (len(self), self._preparer.fingerprint):
             raise DataError(
-                f"the checkpoint was at row {state['position']} of a data set of {state['rows']} rows, and --prompt-data "
-                f"{self._preparer.source} has {len(self)} rows or other contents. Use the data of that run, "
-                "or start a new run without --load."
+                f"the checkpoint was at row {state['position']} of a data set of {state['rows']} rows, and "
+                f"--prompt-data {self._preparer.source} has {len(self)} rows or other contents. Use the "
+                "data of that run, or start a new run without --load."
             )
         if state["shuffle_seed"] != self._seed:
             raise DataError(
-                f"the checkpoint's prompts are ordered by shuffle seed {state['shuffle_seed']} and this run's by "
-                f"{self._seed} (None: not shuffled). Use the same --seed and --rollout-shuffle."
+                f"the checkpoint's prompts are ordered by shuffle seed {state['shuffle_seed']} and this "
+                f"run's by {self._seed} (None: not shuffled). Use the same --seed and --rollout-shuffle."
             )
         self._epoch, self._position = state["epoch"], state["position"]
         self._groups, self.bad_rows = state["groups"], state["bad_rows"]

@@ -1,4 +1,4 @@
-"""The one HTTP helper that plugins written for slime import. The engines have a client of their own (a pool, receipts)."""
+"""The one HTTP helper that plugins written for slime import. The engines have a client of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ async def post(
 ) -> Any:
     """POST `payload` as JSON and return the JSON of the answer.
 
-    Connection errors, timeouts, 408, 429 and 5xx are tried again, at most `max_retries` times, with growing pauses.
+    Connection errors, timeouts, 408, 429 and 5xx are tried again, at most `max_retries` times, with growing
+    pauses.
 
     Raises:
         RuntimeError: every attempt failed; the message names the URL and the last failure.
@@ -46,7 +47,11 @@ async def _post_once(
         return None, f"{type(error).__name__}: {error}", True
     if response.status >= 400:
         text = body[:500].decode("utf-8", "replace")
-        return None, f"HTTP {response.status}: {text}", response.status >= 500 or response.status in RETRIED_STATUS
+        return (
+            None,
+            f"HTTP {response.status}: {text}",
+            response.status >= 500 or response.status in RETRIED_STATUS,
+        )
     try:
         return json.loads(body), None, False
     except ValueError:

@@ -1,14 +1,15 @@
 """Tokenizer, image processor and the encoding of pictures for an engine.
 
-`load_processor` returns transformers' own processor where torchvision works, and an object with the same outputs where
-it does not: transformers then cannot make a Qwen-VL processor, because its *video* part wants torchvision. Nothing here
-reads files of a data set or fetches a URL; `slime.data.images` does.
+`load_processor` returns transformers' own processor where torchvision works, and an object with the same
+outputs where it does not: transformers then cannot make a Qwen-VL processor, because its *video* part wants
+torchvision. Nothing here knows data sets or fetches a URL; `slime.data.images` does.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import importlib
 import io
 import re
 import struct
@@ -32,8 +33,8 @@ PNG_COMPRESSION = 3
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
+    zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What PIL's readers raise on a broken file; UnidentifiedImageError is an OSError."""
 
@@ -48,8 +49,8 @@ class BadImageError(ValueError):
 class Processor:
     """Tokenizer and image processor of a Qwen-VL checkpoint, with the outputs of transformers' own processor.
 
-    Covers text and pictures; videos are refused by having no argument for them. `image_processor` is None where the
-    checkpoint is text alone.
+    Covers text and pictures; videos are refused by having no argument for them. `image_processor` is None
+    where the checkpoint is text alone.
     """
 
     def __init__(self, tokenizer: Any, image_processor: Any | None) -> None:
@@ -119,8 +120,9 @@ def image_tokens(grid_thw: Sequence[int], merge_size: int) -> int:
 def load_processor(path: str | Path, **options: Any) -> Any:
     """Return the processor of a checkpoint (folder or hub name).
 
-    Has `tokenizer`, `image_processor` (None for a text model), `image_token_id`, `chat_template`, `apply_chat_template`
-    and is called as transformers' processors are. `options` go to `from_pretrained`.
+    Has `tokenizer`, `image_processor` (None for a text model), `image_token_id`, `merge_size`,
+    `chat_template`, `apply_chat_template`, and is called as transformers' processors are. `options` go to
+    `from_pretrained`.
 
     Raises:
         OSError: the checkpoint is not there, or has no tokenizer.
@@ -139,7 +141,7 @@ def load_processor(path: str | Path, **options: Any) -> Any:
 def torchvision_works() -> bool:
     """Tell whether torchvision is installed and loads; the wheel for CUDA does not beside a CPU torch."""
     try:
-        import torchvision.transforms.v2  # noqa: F401
+        importlib.import_module("torchvision.transforms.v2")
     except (ImportError, OSError, RuntimeError, AttributeError):
         return False
     return True
@@ -226,7 +228,8 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:  # before `load`, which allocates
             raise BadImageError(
-                f"the picture has {image.width}x{image.height} pixels; at most {MAX_IMAGE_PIXELS} are decoded."
+                f"the picture has {image.width}x{image.height} pixels; at most {MAX_IMAGE_PIXELS} are "
+                "decoded."
             )
         image.load()
     except DECODE_ERRORS as error:
@@ -239,8 +242,9 @@ def decode_image(data: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the picture as 8-bit RGB, transparent parts on white; EXIF rotation is not applied.
 
-    Qwen's own preparation puts transparency on white, too; transformers' drops the alpha channel, which turns a line
-    drawing on a transparent ground black. Everyone downstream sees the result of this function, so both agree.
+    Qwen's own preparation puts transparency on white, too; transformers' drops the alpha channel, which turns
+    a line drawing on a transparent ground black. All downstream see this function's result, so none
+    disagrees.
 
     Raises:
         BadImageError: the picture has a mode whose values have no fixed range.
@@ -279,8 +283,8 @@ def _bare(image: Image.Image) -> Image.Image:
 def attach_png(image: Image.Image, png: bytes) -> None:
     """Remember the PNG of exactly these pixels.
 
-    Kept as an attribute and not in `info`: PIL copies `info` to every picture made from this one, and a rotated copy
-    would carry the PNG of the original.
+    Kept as an attribute and not in `info`: PIL copies `info` to every picture made from this one, and a
+    rotated copy would carry the PNG of the original.
     """
     vars(image)[_PNG_ATTRIBUTE] = png
 
