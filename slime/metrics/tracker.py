@@ -78,11 +78,12 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close every output. A second call does nothing."""
+        if self._file.closed:
+            return
         self._file.close()
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-            self._wandb = None
 
     def __enter__(self) -> Self:
         return self

@@ -1,90 +1,25 @@
 """Weights to the engines through a folder: written by training rank 0, read by `/update_weights_from_disk`.
 
-The folder lies in shared memory where that has room, else below the run's output. A version is written under
-a temporary name and renamed when complete, so an engine never reads half of one. Who calls the engines, and
-when, is decided above.
+A version is written under a temporary name and renamed when complete, so an engine never reads half of one.
+Who calls the engines, and when, is decided above.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "slime-weights-"
-LOCK_NAME = ".lock"
+from slime.weight_sync.store import weight_files
+
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
-
-
-class WeightStore:
-    """The folder of a run's published weights: at most the newest version and the one being written.
-
-    A lock held for the life of the run marks the folder as in use; `close` removes it, and the next run on
-    this machine removes what a killed run left behind.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.current: Path | None = None
-        self._lock = (root / LOCK_NAME).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    @classmethod
-    def create(
-        cls,
-        output_dir: Path,
-        checkpoint: Path,
-        *,
-        one_machine: bool,
-        shared_memory: Path = SHARED_MEMORY,
-    ) -> Self:
-        """Make the folder: in shared memory if one machine runs all and two float32 copies fit there."""
-        parent = output_dir
-        if one_machine and shared_memory.is_dir() and os.access(shared_memory, os.W_OK):
-            _remove_abandoned(shared_memory)
-            # A bf16 checkpoint may be published in float32, and two versions exist for a moment.
-            if shutil.disk_usage(shared_memory).free > 4 * checkpoint_bytes(checkpoint):
-                parent = shared_memory
-        parent.mkdir(parents=True, exist_ok=True)
-        return cls(Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)))
-
-    def path_for(self, version: str) -> Path:
-        """Return where `version` is to be written."""
-        return self.root / f"version-{version}"
-
-    def retire_all_but(self, version: str) -> None:
-        """Remove every version but this one, which the engines have loaded."""
-        self.current = self.path_for(version)
-        for path in self.root.iterdir():
-            if path.is_dir() and path != self.current:
-                shutil.rmtree(path)
-
-    def close(self) -> None:
-        """Remove the folder. A second call does nothing."""
-        self._lock.close()
-        shutil.rmtree(self.root, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def write_weights(
@@ -136,22 +71,6 @@ def copy_companions(checkpoint: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def checkpoint_bytes(checkpoint: Path) -> int:
-    """Return the size of the checkpoint's weights on disk."""
-    return sum(path.stat().st_size for path in _weight_files(checkpoint))
-
-
-def _weight_files(checkpoint: Path) -> list[Path]:
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{checkpoint} holds no *.safetensors file, which --hf-checkpoint needs; convert the checkpoint "
-            "with "
-            "`save_pretrained` of transformers, or check the path."
-        )
-    return files
-
-
 def _shards(parameters: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
@@ -169,7 +88,7 @@ def _shards(parameters: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterato
 def _check_names(written: set[str], checkpoint: Path) -> None:
     """Refuse other names than the checkpoint's: an engine might keep its old weights without a word."""
     expected: set[str] = set()
-    for path in _weight_files(checkpoint):
+    for path in weight_files(checkpoint):
         with safe_open(path, framework="pt") as file:
             expected.update(file.keys())
     # Tied to the embeddings, the head is in some checkpoints and not in others.
@@ -197,14 +116,3 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
         weight_map.update(dict.fromkeys(names, file_name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1))
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove folders of runs that were killed: their lock is free. Those of other users are left alone."""
-    for root in parent.glob(f"{PREFIX}*"):
-        with (
-            suppress(FileNotFoundError, PermissionError, BlockingIOError),
-            (root / LOCK_NAME).open("r+") as lock,
-        ):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(root, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Published weights: complete or absent, named as the checkpoint's, and gone at the end."""
+"""Published weights: complete or absent, and named as the checkpoint's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slime.weight_sync.disk import PREFIX, WeightStore, write_weights
+from slime.weight_sync.disk import write_weights
 
 
 @pytest.fixture
@@ -97,51 +97,3 @@ def test_a_version_is_written_once(tmp_path, checkpoint, weights):
     write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
     with pytest.raises(FileExistsError):
         write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
-
-
-def _create(tmp_path: Path, checkpoint: Path, *, one_machine: bool = True) -> WeightStore:
-    shared = tmp_path / "shm"
-    shared.mkdir(exist_ok=True)
-    return WeightStore.create(tmp_path / "out", checkpoint, one_machine=one_machine, shared_memory=shared)
-
-
-def test_the_store_is_in_shared_memory_on_one_machine_and_in_the_output_on_several(tmp_path, checkpoint):
-    with _create(tmp_path, checkpoint) as store:
-        assert store.root.parent == tmp_path / "shm"
-    with _create(tmp_path, checkpoint, one_machine=False) as store:
-        assert store.root.parent == tmp_path / "out"
-    assert list((tmp_path / "out").iterdir()) == list((tmp_path / "shm").iterdir()) == []
-
-
-def test_small_shared_memory_is_left_alone(tmp_path, checkpoint, monkeypatch):
-    usage = type("Usage", (), {"free": 1})
-    monkeypatch.setattr("slime.weight_sync.disk.shutil.disk_usage", lambda path: usage)
-    with _create(tmp_path, checkpoint) as store:
-        assert store.root.parent == tmp_path / "out"
-
-
-def test_only_the_newest_version_stays(tmp_path, checkpoint, weights):
-    with _create(tmp_path, checkpoint) as store:
-        for version in ("0", "1"):
-            target = store.path_for(version)
-            write_weights(iter(weights.items()), target, checkpoint=checkpoint, writes=True)
-            store.retire_all_but(version)
-        assert [path.name for path in store.root.iterdir() if path.is_dir()] == ["version-1"]
-        assert store.current == store.path_for("1")
-
-
-def test_a_killed_runs_folder_is_removed_and_a_living_ones_is_not(tmp_path, checkpoint):
-    shared = tmp_path / "shm"
-    abandoned = shared / f"{PREFIX}dead"
-    abandoned.mkdir(parents=True)
-    (abandoned / ".lock").touch()
-    with _create(tmp_path, checkpoint) as first, _create(tmp_path, checkpoint) as second:
-        assert not abandoned.exists()
-        assert first.root.exists()
-        assert second.root.exists()
-
-
-def test_a_checkpoint_without_safetensors_is_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="--hf-checkpoint"):
-        _create(tmp_path, tmp_path / "empty")

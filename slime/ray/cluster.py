@@ -1,0 +1,182 @@
+"""Ray for the length of a run: started or joined, watched, and ended on every path.
+
+A dead actor or engine ends whatever the driver waits for, within a second or two and with the end of its log.
+What the actors do is `groups.py`'s business, in which order `slime/train.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime.ray.actor import Actor, log_path
+from slime.ray.interrupts import listen, shielded
+from slime.ray.resources import Resources, plan_resources
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+PROCESSORS = 2
+"""What Ray counts: our actors ask for none, and it starts so many idle workers at once."""
+MAX_SOCKET_FOLDER_LENGTH = 40
+"""Ray puts Unix sockets some 65 characters below its folder, and their paths may have 107."""
+POLL_SECONDS = 0.5
+STOP_SECONDS = 30.0
+LOG_TAIL_LINES = 30
+KEY_VARIABLES = ("SLIME_ENGINE_ADMIN_KEY", "SLIME_ENGINE_API_KEY")
+RAY_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # It would kill our workers for memory that others on the machine use.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+
+
+class Cluster:
+    """A Ray cluster of our own, or a connection to one that is there, and our actors in it."""
+
+    def __init__(self, args: Args) -> None:
+        self._args = args
+        self._temp_dir: Path | None = None
+        self._actors: dict[str, Any] = {}
+        self._alarms: dict[ray.ObjectRef, str] = {}
+        self._to_stop: list[Any] = []
+        keys = {name: os.environ[name] for name in KEY_VARIABLES if name in os.environ}
+        self._environment = {"SLIME_ENGINE_ADMIN_KEY": secrets.token_hex(16), **keys}
+
+    def __enter__(self) -> Self:
+        try:
+            self._start_ray()
+            self.resources: Resources = plan_resources(self._args, int(ray.cluster_resources().get("GPU", 0)))
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def one_machine(self) -> bool:
+        """Whether all processes share this machine's files and memory."""
+        return sum(node["Alive"] for node in ray.nodes()) == 1
+
+    def start_actor(
+        self,
+        name: str,
+        actor_class: type[Actor],
+        *arguments: Any,
+        num_gpus: float = 0,
+        scheduling: PlacementGroupSchedulingStrategy | None = None,
+    ) -> Any:
+        """Start an actor and return its handle. The environment for keys is its last argument.
+
+        Keys are no part of Ray's runtime environment, which Ray writes to its logs. Actors ask for no CPU:
+        they take turns, and on a small machine they must all be there nevertheless.
+        """
+        options: dict[str, Any] = {} if scheduling is None else {"scheduling_strategy": scheduling}
+        remote = ray.remote(
+            num_cpus=0, num_gpus=num_gpus, max_restarts=0, concurrency_groups={"control": 2}, **options
+        )(actor_class)
+        handle = remote.remote(*arguments, self._environment)
+        self._actors[name] = handle
+        return handle
+
+    def watch(self, name: str) -> None:
+        """Let the death of the actor, or of the server that it owns, end every `wait`."""
+        self._alarms[self._actors[name].watch.remote()] = name
+
+    def stop_at_end(self, handle: Any) -> None:
+        """Call `handle.stop` before the actor is killed."""
+        self._to_stop.append(handle)
+
+    def wait(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
+        """Return the results of all `refs`; raise the first error of any of them, or of a watched actor, at
+        once.
+
+        Raises:
+            RuntimeError: an actor died; the message ends with its log.
+        """
+        owners = dict(self._alarms)
+        pending = list(refs)
+        while pending:
+            done, _ = ray.wait([*pending, *owners], num_returns=1, timeout=POLL_SECONDS)
+            for ref in done:
+                self._result(ref)
+                if ref in owners:
+                    raise RuntimeError(f"{owners[ref]} stopped while it was needed")
+            pending = [ref for ref in pending if ref not in done]
+        return [self._result(ref) for ref in refs]
+
+    def stop(self) -> None:
+        """End every actor, every server and Ray itself. A second call does nothing."""
+        with shielded():
+            if ray.is_initialized():
+                stopping = [handle.stop.remote() for handle in self._to_stop]
+                if stopping:
+                    ray.wait(stopping, num_returns=len(stopping), timeout=STOP_SECONDS)
+                for handle in self._actors.values():
+                    ray.kill(handle)
+                ray.shutdown()
+            self._actors.clear()
+            self._alarms.clear()
+            self._to_stop.clear()
+            if self._temp_dir is not None:
+                shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def _start_ray(self) -> None:
+        os.environ.update({name: value for name, value in RAY_VARIABLES.items() if name not in os.environ})
+        paths = [str(PROJECT_ROOT), os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
+        if self._args.ray_address is not None:
+            # Its workers do not inherit our environment.
+            runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+            ray.init(address=self._args.ray_address, runtime_env=runtime_env, **options)
+        else:
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+            self._temp_dir = _short_temp_dir()
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=PROCESSORS,
+                _temp_dir=str(self._temp_dir),
+                **options,
+            )
+        listen()
+
+    def _result(self, ref: ray.ObjectRef) -> Any:
+        try:
+            return ray.get(ref)
+        except RayActorError as error:
+            raise RuntimeError(self._obituary(error)) from error
+
+    def _obituary(self, error: RayActorError) -> str:
+        """Say which actor died, and what it wrote last."""
+        for name, handle in self._actors.items():
+            if handle._actor_id.hex() == error.actor_id:
+                path = log_path(self._args.output_dir, name)
+                text = path.read_text(errors="replace") if path.exists() else ""
+                tail = "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "(empty)"
+                return f"{name} died: {error}\nThe end of its log, {path}:\n{tail}"
+        return str(error)
+
+
+def _short_temp_dir() -> Path:
+    parent = tempfile.gettempdir()
+    if len(parent) > MAX_SOCKET_FOLDER_LENGTH and sys.platform != "win32":
+        parent = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="slime-ray-", dir=parent))

@@ -1,0 +1,89 @@
+"""One training rank: the process around a `Trainer` and its backend."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from slime.ray.actor import Actor
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
+    from slime.backends.base import TrainBackend
+    from slime.trainer import Trainer, TrainShard
+
+
+class TrainActor(Actor):
+    """Trains in step with the other ranks: each verb must be called on all of them."""
+
+    def __init__(self, args: Args, rank: int, environment: Mapping[str, str]) -> None:
+        # OpenMP reads its variable once, when torch is imported below.
+        threads = {"OMP_NUM_THREADS": str(args.train_threads)}
+        super().__init__(f"train_{rank}", args.output_dir, {**environment, **threads}, args.log_level)
+        self._args = args
+        self._rank = rank
+        self._trainer: Trainer | None = None
+        self._backend: TrainBackend | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a free port: where the ranks meet, if this is rank 0."""
+        host = ray.util.get_node_ip_address() if self._args.actor_num_nodes > 1 else "127.0.0.1"
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def setup(self, master_address: str, master_port: int) -> None:
+        """Join the process group and load the model."""
+        os.environ.update(
+            MASTER_ADDR=master_address,
+            MASTER_PORT=str(master_port),
+            RANK=str(self._rank),
+            WORLD_SIZE=str(self._args.num_train_ranks),
+            # Ray shows each actor its own GPU alone, so it is the first one that it sees.
+            LOCAL_RANK="0",
+        )
+        from slime.backends import create_backend
+        from slime.trainer import Trainer
+        from slime.utils.processing_utils import load_processor
+
+        self._backend = create_backend(self._args, self._rank, self._args.num_train_ranks)
+        self._trainer = Trainer(self._args, self._backend, load_processor(self._args.hf_checkpoint))
+
+    def train(self, rollout_id: int, shard: TrainShard) -> dict[str, float]:
+        """Take the optimizer steps of one rollout; return metrics, the same on every rank."""
+        if self._trainer is None:
+            raise RuntimeError(f"train_{self._rank} has no trainer yet; call setup() first")
+        return self._trainer.train(rollout_id, shard)
+
+    def weight_version(self) -> int:
+        """Return the number of optimizer steps behind the weights."""
+        return self._ready().weight_version
+
+    def export_weights(self, path: str) -> int:
+        """Write the full weights to `path`, a Hugging Face folder; return bytes. Rank 0 writes, all gather."""
+        from slime.weight_sync.disk import write_weights
+
+        return write_weights(
+            self._ready().hf_named_parameters(),
+            Path(path),
+            checkpoint=Path(self._args.hf_checkpoint),
+            writes=self._rank == 0,
+        )
+
+    def save(self, path: str) -> None:
+        """Write model, optimizer and schedule below `path`."""
+        self._ready().save_checkpoint(Path(path))
+
+    def load(self, path: str) -> None:
+        """Read what `save` wrote."""
+        self._ready().load_checkpoint(Path(path))
+
+    def _ready(self) -> TrainBackend:
+        if self._backend is None:
+            raise RuntimeError(f"train_{self._rank} has no backend yet; call setup() first")
+        return self._backend
