@@ -58,6 +58,20 @@ gpu_count() {
   fi
 }
 
+# visible_gpu_ids: the GPUs that programs may use, as CUDA_VISIBLE_DEVICES has them; an empty line where there is none.
+visible_gpu_ids() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    printf '%s\n' "$CUDA_VISIBLE_DEVICES"
+  else
+    local count
+    count="$(gpu_count)"
+    if [ "$count" -gt 0 ]; then seq -s , 0 $((count - 1)); else echo; fi
+  fi
+}
+
+# random_key: 128 random bits in hex.
+random_key() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
+
 # port_taken PORT [HOST]: whether something answers there.
 port_taken() { (exec 3<>"/dev/tcp/${2:-127.0.0.1}/$1") 2>/dev/null; }
 
@@ -77,9 +91,14 @@ STOP_GRACE_SECONDS="${STOP_GRACE_SECONDS:-20}"
 
 # start_own COMMAND...: runs it in the background as the leader of a process group of its own; its PID is in STARTED.
 # The group keeps a Ctrl-C at the terminal away from it: ending is this script's business, in its own order.
+# With START_LOG=FILE before it, its output is appended to that file.
 start_own() {
   set -m
-  "$@" </dev/null &
+  if [ -n "${START_LOG:-}" ]; then
+    "$@" </dev/null >>"$START_LOG" 2>&1 &
+  else
+    "$@" </dev/null &
+  fi
   STARTED=$!
   set +m
   OWN_PIDS+=("$STARTED")
@@ -124,19 +143,20 @@ stop_own() {
   OWN_PIDS=()
 }
 
-# end_with_script: stop_own on every exit path, with the exit codes that a shell gives for signals.
+# end_with_script [COMMAND]: stop_own on every exit path, then COMMAND, with the exit codes that a shell gives for signals.
 end_with_script() {
-  trap 'status=$?; trap "" INT TERM HUP; stop_own; exit "$status"' EXIT
+  AT_EXIT="${1:-true}"
+  trap 'status=$?; trap "" INT TERM HUP; stop_own; "$AT_EXIT"; exit "$status"' EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
   trap 'exit 129' HUP
 }
 
-# wait_healthy NAME PID HOST PORT LOG SECONDS: returns once GET /health is answered with 200; shows the log's tail and
+# wait_ready NAME PID HOST PORT LOG SECONDS: returns once GET /ready is answered with 200; shows the log's tail and
 # fails when the process ends first or the time is over.
-wait_healthy() {
+wait_ready() {
   local name=$1 pid=$2 host=$3 port=$4 log=$5 limit=$6 begin=$SECONDS
-  until http_ok "$host" "$port" /health; do
+  until http_ok "$host" "$port" /ready; do
     if ! kill -0 "$pid" 2>/dev/null; then
       log_tail "$log"
       die "the $name server ended before it was ready; the end of its log is above, all of it in $log"
