@@ -40,9 +40,15 @@ class LossInputs(Protocol):
         ...
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; nothing was stepped. The message says where."""
+
+
 LossFn = Callable[[LossInputs, "MicroBatch"], tuple[Tensor, Mapping[str, Tensor]]]
 """(outputs, micro-batch) -> (loss, sums): the loss is this micro-batch's share of the global mean, already divided by
-the global denominator; the sums are detached scalars that the backend adds up over micro-batches and ranks."""
+the global denominator; it must depend on `outputs`, with weight zero where nothing is to be learned (a dummy, P = 0),
+so that every rank runs the same backward pass. The sums are detached scalars, under the same names in every
+micro-batch, that the backend adds up over micro-batches and ranks."""
 
 
 class TrainBackend(Protocol):
@@ -51,20 +57,39 @@ class TrainBackend(Protocol):
     rank: int
     world_size: int
 
+    @property
+    def weight_version(self) -> int:
+        """Optimizer steps taken since the model's first weights."""
+        ...
+
     def compute_log_probs(self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student") -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, without gradient, on the CPU."""
         ...
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:
-        """Accumulate the gradients of all micro-batches of one optimizer step; return the sums over all ranks."""
+        """Accumulate the gradients of all micro-batches of one optimizer step.
+
+        Gradients add up over micro-batches and ranks. Returns the sums, `loss` among them, over all ranks.
+
+        Raises:
+            NonFiniteError: on every rank, when a micro-batch of any rank has a loss that is not finite.
+        """
         ...
 
     def optim_step(self) -> Metrics:
-        """Clip, step, advance the schedule, zero the gradients. Return `grad_norm` (before clipping) and `lr`."""
+        """Clip, step, advance the schedule, zero the gradients. Return `grad_norm` (before clipping) and `lr`.
+
+        Raises:
+            NonFiniteError: on every rank, when the gradient norm is not finite.
+        """
         ...
 
     def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the full (gathered) student weights under Hugging Face names, in a fixed order."""
+        """Yield the full student weights as a Hugging Face folder holds them: names, layout, tied weights once.
+
+        One tensor is gathered at a time, in a fixed order and in the precision that training computes in; it is valid
+        until the next one is asked for.
+        """
         ...
 
     def save_checkpoint(self, path: Path) -> None:
@@ -72,5 +97,9 @@ class TrainBackend(Protocol):
         ...
 
     def load_checkpoint(self, path: Path) -> None:
-        """Read what `save_checkpoint` wrote."""
+        """Read what `save_checkpoint` wrote, under any number of ranks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
         ...

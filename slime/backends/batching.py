@@ -1,0 +1,230 @@
+"""Samples as tensors, and micro-batches made from them on the training rank.
+
+Here the wire form ends: one image pad per picture becomes as many as the model reads, and pictures become pixels.
+A loss sees only the flat response arrays [P]; how the rows above them are laid out is between here and the backend.
+
+Shape letters: B samples, T tokens of the longest, P response tokens of all, I pictures, N patches, D values a patch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slime.data.expand import expand_image_pads, expanded_length
+
+Grid = tuple[int, int, int]
+
+
+class BatchProcessor(Protocol):
+    """What batching reads of the processor."""
+
+    image_token_id: int
+    merge_size: int
+    image_processor: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSample:
+    """What a training rank needs of one `Sample`; plain tensors on the CPU."""
+
+    index: int
+    """The sample's number in the run, for messages."""
+    tokens: Tensor
+    """int64 [L], wire form."""
+    response_length: int
+    """R, at least 1."""
+    loss_mask: Tensor
+    """float32 [R]."""
+    advantages: Tensor
+    """float32 [R], of the task-reward stream alone."""
+    rollout_log_probs: Tensor | None = None
+    """float32 [R]."""
+    teacher_log_probs: Tensor | None = None
+    """float32 [R]."""
+    image_hashes: tuple[str, ...] = ()
+    image_grid_thw: tuple[Grid, ...] = ()
+
+    def expanded_length(self, merge_size: int) -> int:
+        """Return the number of tokens with every picture's pads expanded."""
+        return expanded_length(self.tokens.tolist(), self.image_grid_thw, merge_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward pass of one rank. Without samples it is a dummy that keeps the ranks in step."""
+
+    sample_indices: tuple[int, ...]
+    """`TrainSample.index` of each row."""
+    input_ids: Tensor
+    """int64 [B, T], pads expanded, right-padded."""
+    attention_mask: Tensor
+    """int64 [B, T], 1 on tokens."""
+    image_token_mask: Tensor
+    """int64 [B, T], 1 on the pads of pictures: the model's `mm_token_type_ids`."""
+    pixel_values: Tensor | None
+    """float32 [N, D], each distinct picture once."""
+    picture_grids: Tensor | None
+    """int64 [pictures, 3], the grids behind `pixel_values`."""
+    picture_rows: tuple[int, ...]
+    """[I], which distinct picture each image in the batch is."""
+    response_positions: Tensor
+    """int64 [P], flat index into [B * T] of the position that predicts each response token."""
+    response_ids: Tensor
+    """int64 [P]."""
+    sample_rows: Tensor
+    """int64 [P], the row that each response token belongs to."""
+    loss_mask: Tensor
+    """float32 [P]."""
+    advantages: Tensor
+    """float32 [P], of the task-reward stream."""
+    rollout_log_probs: Tensor | None = None
+    """float32 [P], under the engine."""
+    teacher_log_probs: Tensor | None = None
+    """float32 [P]."""
+    old_log_probs: Tensor | None = None
+    """float32 [P], under the trainer's student before the first of several steps."""
+    reference_log_probs: Tensor | None = None
+    """float32 [P], under the initial student."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the same micro-batch with all tensors on `device`."""
+        if self.input_ids.device == device:
+            return self
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+class MicroBatchBuilder:
+    """Builds micro-batches of one shard; each picture of the shard is processed once."""
+
+    def __init__(self, processor: BatchProcessor, pictures: Mapping[str, bytes]) -> None:
+        self._processor = processor
+        self._pictures = pictures
+        self._processed: dict[str, tuple[Tensor, Grid]] = {}
+
+    def build(self, samples: Sequence[TrainSample]) -> MicroBatch:
+        """Lay the samples out as one right-padded micro-batch; none gives a dummy of two tokens without response.
+
+        Raises:
+            ValueError: a picture is missing or has another grid than its sample says, or pads do not fit pictures.
+        """
+        rows = [self._expand(sample) for sample in samples]
+        width = max((len(row) for row in rows), default=2)
+        input_ids = torch.zeros(max(1, len(rows)), width, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+        if not rows:
+            attention_mask.fill_(1)
+        pixel_values, grids, picture_rows = self._pixels(samples)
+        return MicroBatch(
+            sample_indices=tuple(sample.index for sample in samples),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_token_mask=self._image_tokens(input_ids, attention_mask, has_pictures=bool(picture_rows)),
+            pixel_values=pixel_values,
+            picture_grids=grids,
+            picture_rows=picture_rows,
+            **_response_arrays(samples, rows, width),
+        )
+
+    def _expand(self, sample: TrainSample) -> Tensor:
+        """Return the sample's ids [T] as the model reads them."""
+        if not sample.image_grid_thw:
+            return sample.tokens
+        ids = expand_image_pads(
+            sample.tokens.tolist(),
+            sample.image_grid_thw,
+            self._processor.image_token_id,
+            self._processor.merge_size,
+        )
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _image_tokens(self, input_ids: Tensor, attention_mask: Tensor, *, has_pictures: bool) -> Tensor:
+        if not has_pictures:
+            return torch.zeros_like(input_ids)
+        return ((input_ids == self._processor.image_token_id) & (attention_mask == 1)).long()
+
+    def _pixels(self, samples: Sequence[TrainSample]) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+        """Return the distinct pictures' pixels [N, D] and grids, and which of them each image is."""
+        order: dict[str, int] = {}
+        picture_rows: list[int] = []
+        for sample in samples:
+            for sha256, grid in zip(sample.image_hashes, sample.image_grid_thw, strict=True):
+                self._check_grid(sample.index, sha256, grid)
+                picture_rows.append(order.setdefault(sha256, len(order)))
+        if not order:
+            return None, None, ()
+        pictures = [self._processed[sha256] for sha256 in order]
+        pixels = torch.cat([pixels for pixels, _ in pictures])
+        return pixels, torch.tensor([grid for _, grid in pictures]), tuple(picture_rows)
+
+    def _check_grid(self, index: int, sha256: str, grid: Grid) -> None:
+        """Process the picture if it is new, and hold its grid against the sample's."""
+        if sha256 not in self._processed:
+            if sha256 not in self._pictures:
+                raise ValueError(
+                    f"sample {index} needs picture {sha256[:12]}…, which is not among the {len(self._pictures)} pictures "
+                    "of this rank's shard."
+                )
+            self._processed[sha256] = _process_picture(self._pictures[sha256], self._processor)
+        made = self._processed[sha256][1]
+        if made != tuple(grid):
+            raise ValueError(
+                f"sample {index} carries the grid {tuple(grid)} for picture {sha256[:12]}…, and the image processor "
+                f"makes {made} of its bytes; prompt and training must use the same processor and pixel limits."
+            )
+
+
+def _process_picture(png: bytes, processor: BatchProcessor) -> tuple[Tensor, Grid]:
+    """Return pixels [n, D] and grid of one encoded picture."""
+    with Image.open(io.BytesIO(png)) as image:
+        features = processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+    t, h, w = features["image_grid_thw"][0].tolist()
+    return features["pixel_values"], (t, h, w)
+
+
+def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], width: int) -> dict[str, Tensor | None]:
+    """Return the flat arrays [P] of all samples' responses."""
+    positions, ids, numbers = [], [], []
+    for row, (sample, tokens) in enumerate(zip(samples, rows, strict=True)):
+        length, response = len(tokens), sample.response_length
+        if response >= length:
+            raise ValueError(
+                f"sample {sample.index} has {length} tokens, {response} of them response; the first response token needs "
+                "a prompt token before it."
+            )
+        positions.append(torch.arange(length - response - 1, length - 1) + row * width)
+        ids.append(tokens[length - response :])
+        numbers.append(torch.full((response,), row))
+    return {
+        "response_positions": _flat(positions, torch.int64),
+        "response_ids": _flat(ids, torch.int64),
+        "sample_rows": _flat(numbers, torch.int64),
+        "loss_mask": _flat([sample.loss_mask for sample in samples], torch.float32),
+        "advantages": _flat([sample.advantages for sample in samples], torch.float32),
+        "rollout_log_probs": _flat_if_all([sample.rollout_log_probs for sample in samples]),
+        "teacher_log_probs": _flat_if_all([sample.teacher_log_probs for sample in samples]),
+    }
+
+
+def _flat(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.to(dtype) for part in parts]) if parts else torch.zeros(0, dtype=dtype)
+
+
+def _flat_if_all(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return all parts as one [P], or None where any sample is without."""
+    present = [part for part in parts if part is not None]
+    return _flat(present, torch.float32) if len(present) == len(parts) else None

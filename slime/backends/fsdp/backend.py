@@ -1,0 +1,166 @@
+"""`FsdpBackend`: the training verbs on a model sharded by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from slime.backends.base import LossFn, LossInputs, Metrics, ModelTag, NonFiniteError
+from slime.backends.batching import MicroBatch
+from slime.backends.fsdp.checkpoint import load_sharded, save_sharded
+from slime.backends.fsdp.export import hf_named_parameters
+from slime.backends.fsdp.loading import load_policy
+from slime.backends.fsdp.model import PolicyModel
+from slime.backends.fsdp.optimizer import build_adamw, clip_by_norm, global_norm, local_gradients
+from slime.backends.schedule import LearningRate
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
+
+
+class FsdpBackend:
+    """Implements `TrainBackend`; the process group is up before it is made."""
+
+    def __init__(self, args: Args, rank: int, world_size: int, device: torch.device) -> None:
+        """Load and shard the student, and the reference where --kl-loss-coef asks for one. Collective."""
+        self.rank = rank
+        self.world_size = world_size
+        self._device = device
+        self._clip_grad = args.clip_grad
+        self._compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
+        self._steps = 0
+        mesh = init_device_mesh(device.type, (world_size,))
+        self._student = load_policy(
+            args.hf_checkpoint,
+            mesh,
+            compute_dtype=self._compute_dtype,
+            chunk_size=args.logprob_chunk_size,
+            freeze_vision_tower=args.freeze_vision_tower,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+        self._reference: PolicyModel | None = None
+        if args.kl_loss_coef > 0:
+            self._reference = load_policy(
+                args.ref_load if args.ref_load is not None else args.hf_checkpoint,
+                mesh,
+                compute_dtype=self._compute_dtype,
+                chunk_size=args.logprob_chunk_size,
+                trainable=False,
+            )
+        self._optimizer = build_adamw(
+            self._student,
+            lr=args.lr,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_eps,
+            weight_decay=args.weight_decay,
+        )
+        self._learning_rate = LearningRate(
+            lr=args.lr,
+            min_lr=args.min_lr,
+            style=args.lr_decay_style,
+            warmup_steps=args.lr_warmup_iters,
+            total_steps=args.num_rollout * args.samples_per_rollout // args.global_batch_size,
+        )
+
+    @property
+    def weight_version(self) -> int:
+        """Optimizer steps taken since the model's first weights."""
+        return self._steps
+
+    @torch.no_grad()
+    def compute_log_probs(self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student") -> list[Tensor]:
+        """Return, per micro-batch, the log-probs [P] of its response tokens, on the CPU."""
+        policy = self._model(model)
+        return [policy(batch.to(self._device), lambda outputs: outputs.log_probs).cpu() for batch in micro_batches]
+
+    def _model(self, model: ModelTag) -> PolicyModel:
+        if model == "student":
+            return self._student
+        if model == "teacher":
+            raise ValueError(
+                "--opd-type megatron loads the teacher inside Megatron; with --train-backend fsdp serve it and use "
+                "--opd-type sglang."
+            )
+        if self._reference is None:
+            raise ValueError("the reference model is loaded only with --kl-loss-coef above 0; set it.")
+        return self._reference
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:
+        """Accumulate the gradients of all micro-batches; return the sums over all ranks, `loss` among them."""
+        totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        for batch in micro_batches:
+            on_device = batch.to(self._device)
+
+            def use(outputs: LossInputs, batch: MicroBatch = on_device) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, sums = loss_fn(outputs, batch)
+                return loss, dict(sums)
+
+            loss, sums = self._student(on_device, use)
+            loss.backward()
+            losses.append(loss.detach())
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value.double()
+        totals["loss"] = torch.stack(losses).double().sum()
+        metrics = self._add_over_ranks(totals)
+        self._require_finite(metrics["loss"], torch.stack(losses), micro_batches)
+        return metrics
+
+    def _add_over_ranks(self, totals: dict[str, Tensor]) -> Metrics:
+        names = sorted(totals)
+        values = torch.stack([totals[name] for name in names]).to(self._device)
+        dist.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _require_finite(self, total: float, losses: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
+        """Raise on every rank if any rank's loss is not finite: the total over the ranks then is not either."""
+        if torch.isfinite(torch.tensor(total)):
+            return
+        bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
+        found = [
+            f"rank {self.rank}, micro-batch {number} (samples {list(micro_batches[number].sample_indices)})"
+            for number in bad
+        ]
+        everywhere: list[list[str] | None] = [None] * self.world_size
+        dist.all_gather_object(everywhere, found)
+        self._optimizer.zero_grad()
+        places = [place for places in everywhere for place in places or []]
+        raise NonFiniteError(f"the loss is not finite in {'; '.join(places)}")
+
+    def optim_step(self) -> Metrics:
+        """Clip, step, advance the schedule, zero the gradients."""
+        pieces = local_gradients(self._student)
+        norm = global_norm(pieces, self._device).item()
+        if not torch.isfinite(torch.tensor(norm)):
+            self._optimizer.zero_grad()
+            raise NonFiniteError(f"the gradient norm is {norm} though every loss is finite")
+        clip_by_norm(pieces, norm, self._clip_grad)
+        lr = self._learning_rate.at(self._steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+        return {"grad_norm": norm, "lr": lr}
+
+    def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the full student weights as a Hugging Face folder holds them. Collective."""
+        return hf_named_parameters(self._student.hf, self._compute_dtype)
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write model, optimizer and schedule below `path`. Collective."""
+        save_sharded(path, self._student.hf, self._optimizer, self._steps)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Read what `save_checkpoint` wrote, under any number of ranks. Collective."""
+        self._steps = load_sharded(path, self._student.hf, self._optimizer)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""Model and optimizer on disk, in torch's distributed format: any number of ranks may read what any number wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+
+def save_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Write each rank's shards and the number of steps taken below `path`. Collective."""
+    dcp.save(_state(model, optimizer, steps), checkpoint_id=path)
+
+
+def load_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Read what `save_sharded` wrote into model and optimizer; return the number of steps taken. Collective.
+
+    Raises:
+        FileNotFoundError: no checkpoint lies at `path`.
+    """
+    if not (path / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"no training checkpoint at {path}: its .metadata file is not there. --load takes a folder that --save wrote."
+        )
+    state = _state(model, optimizer, 0)
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return int(state["steps"])
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "steps": torch.tensor(steps),
+    }

@@ -1,0 +1,99 @@
+"""A Hugging Face model whose forward pass ends in a loss over response positions.
+
+The loss runs inside the forward pass, so everything that touches parameters, the LM head included, lies between
+FSDP's gather and release. The LM head never sees a prompt position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from slime.backends.base import LossInputs
+from slime.backends.batching import MicroBatch
+from slime.backends.fsdp.outputs import ResponseOutputs
+
+Result = TypeVar("Result")
+
+
+class PolicyModel(nn.Module):
+    """The root module that FSDP shards: `forward(batch, use)` calls `use` with the model's response outputs."""
+
+    def __init__(self, hf: PreTrainedModel, chunk_size: int) -> None:
+        """Wrap `hf`, a causal language model with or without a vision tower."""
+        super().__init__()
+        self.hf = hf
+        self._chunk_size = chunk_size
+
+    @property
+    def vision_tower(self) -> nn.Module | None:
+        """The vision tower, or None in a text-only model."""
+        return getattr(self.hf.base_model, "visual", None)
+
+    def forward(self, batch: MicroBatch, use: Callable[[LossInputs], Result]) -> Result:
+        """Return `use(outputs)`, outputs being those of the P response positions of `batch`."""
+        hidden = self._hidden_states(batch)  # [B, T, H]
+        hidden = hidden.flatten(0, 1).index_select(0, batch.response_positions)  # [P, H]
+        head = self.hf.get_output_embeddings()
+        return use(ResponseOutputs(hidden, head.weight, batch.response_ids, self._chunk_size))
+
+    def _hidden_states(self, batch: MicroBatch) -> Tensor:
+        """Return the last hidden states [B, T, H]."""
+        model = self.hf.base_model
+        if self.vision_tower is None:
+            if batch.picture_rows:
+                raise ValueError(
+                    f"samples {batch.sample_indices} carry pictures and {type(self.hf).__name__} has no vision tower; "
+                    "train a vision-language model, or drop --multimodal-keys."
+                )
+            return model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state
+        if not batch.picture_rows:
+            return self._text_beside_idle_tower(batch)
+        features, grids = self._image_features(batch)
+        return model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            mm_token_type_ids=batch.image_token_mask,
+            image_grid_thw=grids,
+            mm_encoder_outputs={"image": features},
+            use_cache=False,
+        ).last_hidden_state
+
+    def _image_features(self, batch: MicroBatch) -> tuple[BaseModelOutputWithDeepstackFeatures, Tensor]:
+        """Encode each distinct picture once; return features and grids [I, 3] of every image in the batch."""
+        features = self.hf.base_model.get_image_features(
+            batch.pixel_values, batch.picture_grids, return_dict=True
+        )
+        rows = batch.picture_rows
+        spread = BaseModelOutputWithDeepstackFeatures(
+            pooler_output=[features.pooler_output[row] for row in rows],
+            deepstack_features=[[level[row] for row in rows] for level in features.deepstack_features],
+        )
+        return spread, batch.picture_grids[list(rows)]
+
+    def _text_beside_idle_tower(self, batch: MicroBatch) -> Tensor:
+        """Run the vision tower on a blank patch times zero, then the text: ranks gather the same parameters in step.
+
+        Text positions are plain counts, which is what mRoPE comes to without a picture.
+        """
+        model, config = self.hf.base_model, self.hf.config.vision_config
+        merge, device = config.spatial_merge_size, batch.input_ids.device
+        patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        features = model.get_image_features(
+            torch.zeros(merge**2, patch, device=device),
+            torch.tensor([[1, merge, merge]], device=device),
+            return_dict=True,
+        )
+        parts = [*features.pooler_output, *(part for level in features.deepstack_features for part in level)]
+        embeddings = model.get_input_embeddings()(batch.input_ids)
+        embeddings = embeddings + 0 * torch.stack([part.sum() for part in parts]).sum()
+        return model.language_model(
+            inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state

@@ -1,0 +1,42 @@
+"""AdamW over sharded parameters, and the norm of a gradient that lies in pieces."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def build_adamw(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Return AdamW for the trainable parameters; vectors (norms, biases) do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, foreach=True)
+
+
+def local_gradients(model: nn.Module) -> list[Tensor]:
+    """Return this rank's pieces of all gradients; changing them changes the gradients."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+
+
+def global_norm(pieces: list[Tensor], device: torch.device) -> Tensor:
+    """Return the 2-norm over all pieces of all ranks. Collective."""
+    norms = torch._foreach_norm([piece for piece in pieces if piece.numel()])
+    square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    square = square.to(device)
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
+def clip_by_norm(pieces: list[Tensor], norm: float, limit: float) -> None:
+    """Scale all pieces so that the global norm is at most `limit`; 0 does not clip."""
+    if limit > 0 and norm > limit:
+        torch._foreach_mul_(pieces, limit / norm)

@@ -1,0 +1,40 @@
+"""What a loss may ask of the model, computed on demand from hidden states and the LM head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slime.losses.log_probs import chunked_log_probs
+
+
+class ResponseOutputs:
+    """Implements `LossInputs` for the P response tokens of one micro-batch."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int) -> None:
+        """Take the hidden states [P, H] that predict `ids` [P], and the LM head's weight [V, H]."""
+        self._hidden = hidden
+        self._head = head
+        self._ids = ids
+        self._chunk_size = chunk_size
+        self._sampled: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[P], log-prob of each sampled token."""
+        return self._pass()[0]
+
+    @property
+    def entropy(self) -> Tensor:
+        """[P], entropy in nats."""
+        return self._pass()[1]
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Return the log-probs [P, K] of `ids` [P, K]."""
+        return chunked_log_probs(self._hidden, self._head, ids, self._chunk_size)[0]
+
+    def _pass(self) -> tuple[Tensor, Tensor]:
+        """Run the LM head once for both log-probs and entropy."""
+        if self._sampled is None:
+            log_probs, entropy = chunked_log_probs(self._hidden, self._head, self._ids[:, None], self._chunk_size)
+            self._sampled = log_probs[:, 0], entropy
+        return self._sampled

@@ -1,0 +1,96 @@
+"""Random tiny checkpoints and samples for training tests: a Qwen3-VL with pictures, and a text-only Qwen3."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+
+from slime.tiny.model import build_config, save_processor
+from slime.tiny.tokenizer import build_tokenizer
+from slime.utils.types import Sample, SampleStatus
+
+SIDES = ((64, 64), (96, 64), (64, 96))
+"""Heights and widths of the pictures: multiples of 32, so no processor resizes them."""
+
+
+def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
+    """Write a float32 Qwen3-VL with random weights."""
+    config = build_config(build_tokenizer())
+    config.tie_word_embeddings = tied
+    config.text_config.tie_word_embeddings = tied
+    torch.manual_seed(seed)
+    Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
+    save_processor(folder)
+    return folder
+
+
+def save_text_model(folder: Path, *, seed: int = 0) -> Path:
+    """Write a float32 Qwen3 with random weights and the tiny tokenizer."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(build_tokenizer()) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_picture(seed: int) -> tuple[str, bytes, tuple[int, int, int]]:
+    """Return content hash, PNG bytes and grid of a random picture."""
+    height, width = SIDES[seed % len(SIDES)]
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
+    png = buffer.getvalue()
+    return hashlib.sha256(png).hexdigest(), png, (1, height // 16, width // 16)
+
+
+def make_samples(
+    count: int, *, with_pictures: Sequence[bool] = (True, False), group_size: int = 2, seed: int = 0
+) -> tuple[list[Sample], dict[str, bytes]]:
+    """Return scored samples of mixed lengths, and their pictures by hash; `with_pictures` repeats over the groups."""
+    ids = build_tokenizer().convert_tokens_to_ids
+    ordinary = torch.tensor([ids(letter) for letter in "0123456789*/=+abch"])
+    generator = torch.Generator().manual_seed(seed)
+    samples, pictures = [], {}
+    for index in range(count):
+        group = index // group_size
+        length = 3 + int(torch.randint(0, 9, (), generator=generator))
+        tokens = ordinary[torch.randint(0, len(ordinary), (5 + group % 3 + length,), generator=generator)].tolist()
+        inputs = None
+        if with_pictures[group % len(with_pictures)]:
+            sha256, png, grid = make_picture(group)
+            pictures[sha256] = png
+            inputs = {"image_hashes": [sha256], "image_grid_thw": [grid]}
+            marks = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+            tokens = [tokens[0], *(ids(mark) for mark in marks), *tokens[1:]]
+        samples.append(
+            Sample(
+                index=index,
+                group_index=group,
+                tokens=tokens,
+                multimodal_train_inputs=inputs,
+                response_length=length,
+                loss_mask=[1] * (length - 1) + [index % 2],
+                rollout_log_probs=(-torch.rand(length, generator=generator) * 3).tolist(),
+                teacher_log_probs=-torch.rand(length, generator=generator) * 3,
+                status=SampleStatus.COMPLETED,
+                metadata={"train_reward": float(torch.randint(0, 2, (), generator=generator))},
+            )
+        )
+    return samples, pictures
