@@ -151,9 +151,10 @@ def prepare_picture(
         rgb = rgb.resize((width, height), Image.Resampling(int(image_processor.resample)))
     png = encode_png(rgb)
     opened = Image.open(io.BytesIO(png), formats=("PNG",))
-    attach_png(opened, png)
+    sha256 = hashlib.sha256(png).hexdigest()
+    attach_png(opened, png, sha256)
     patch = image_processor.patch_size
-    return opened, Picture(hashlib.sha256(png).hexdigest(), png, (1, height // patch, width // patch))
+    return opened, Picture(sha256, png, (1, height // patch, width // patch))
 
 
 def pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:

@@ -38,7 +38,6 @@ DECODE_ERRORS = (
 )  # fmt: skip
 """What PIL's readers raise on a broken file; UnidentifiedImageError is an OSError."""
 
-_PNG_ATTRIBUTE = "slime_png"
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
 
@@ -280,18 +279,28 @@ def _bare(image: Image.Image) -> Image.Image:
     return bare
 
 
-def attach_png(image: Image.Image, png: bytes) -> None:
-    """Remember the PNG of exactly these pixels.
+class _OwnInfo(dict[str | tuple[int, int], Any]):
+    """Picture info whose `png` stays with the picture: PIL copies info to every picture that is made from one
+    (by `copy()`, newer versions by `items()`), and a rotated copy would carry the PNG of the original."""
 
-    Kept as an attribute and not in `info`: PIL copies `info` to every picture made from this one, and a
-    rotated copy would carry the PNG of the original.
+    def copy(self) -> dict[str | tuple[int, int], Any]:
+        return dict(self.items())
+
+    def items(self) -> Any:
+        return {key: value for key, value in super().items() if key not in ("png", "sha256")}.items()
+
+
+def attach_png(image: Image.Image, png: bytes, sha256: str) -> None:
+    """Remember the PNG of exactly these pixels, and its hash, in `info["png"]` and `info["sha256"]`.
+
+    They do not follow into copies. Who draws on the picture itself must drop them.
     """
-    vars(image)[_PNG_ATTRIBUTE] = png
+    image.info = _OwnInfo({**image.info, "png": png, "sha256": sha256})
 
 
 def png_of(image: Image.Image) -> bytes | None:
     """Return the PNG that `attach_png` remembered, None where there is none."""
-    return vars(image).get(_PNG_ATTRIBUTE)
+    return image.info.get("png")
 
 
 def blank_like(image: Image.Image) -> Image.Image:
