@@ -8,13 +8,11 @@ per image. Shape letters: R response tokens.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 JsonDict = dict[str, Any]
 Triple = list[Any]
@@ -62,31 +60,6 @@ class EngineAbortedError(EngineError):
 
 class ScoreMismatchError(EngineError, ValueError):
     """The scores that came back do not belong to the tokens that were sent."""
-
-
-class Image(Protocol):
-    """The part of `PIL.Image.Image` that is used here."""
-
-    @property
-    def info(self) -> dict[Any, Any]: ...
-
-    def save(self, fp: Any, format: str | None = None) -> None: ...
-
-
-def image_data_uri(image: Image | str) -> str:
-    """Return a picture as a PNG data URI; a string is taken for one already.
-
-    A picture that carries its encoding in `info["png"]` is not encoded again, so that the student's engine,
-    the teacher and every sample of a group send the same bytes (servers key their caches by them).
-    """
-    if isinstance(image, str):
-        return image
-    png = image.info.get("png")
-    if png is None:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        png = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def collapse_image_pads(tokens: Sequence[int], image_token_id: int) -> list[int]:
@@ -241,7 +214,7 @@ def score_triples(
     if len(triples) < response_length + 1:
         raise ScoreMismatchError(
             f"the answer holds {len(triples)} scored positions; {response_length} response tokens and a "
-            f"placeholder were asked for. Does the server truncate long inputs (--allow-auto-truncate)?"
+            "placeholder were asked for. Does the server truncate long inputs (--allow-auto-truncate)?"
         )
     tail = triples[len(triples) - response_length :]
     check_receipt(tail, response_tokens, vocab_size)
@@ -272,8 +245,8 @@ def check_receipt(triples: Sequence[Triple], tokens: Sequence[int], vocab_size: 
         raise ScoreMismatchError(
             f"the ids that were scored are not the sampled ids: {len(wrong)} of {len(tokens)} response "
             f"positions differ, the first at {first} (sampled {tokens[first]}, scored {triples[first][1]}). "
-            f"The server re-tokenised, shifted or mixed up the input; its version must keep `input_ids` "
-            f"verbatim beside `image_data`."
+            "The server re-tokenised, shifted or mixed up the input; its version must keep `input_ids` "
+            "verbatim beside `image_data`."
         )
 
 
@@ -333,8 +306,8 @@ def _same_count(name: str, reported: int, expected: int | None) -> None:
     if expected is not None and reported != expected:
         raise ScoreMismatchError(
             f"the server counts {name} = {reported} and we count {expected}: the picture did not arrive, or "
-            f"its processor resizes it otherwise than ours. Compare both checkpoints' "
-            f"preprocessor_config.json."
+            "its processor resizes it otherwise than ours. Compare both checkpoints' "
+            "preprocessor_config.json."
         )
 
 

@@ -20,12 +20,12 @@ from slime.engines.api import (
     AnswerError,
     ScoreMismatchError,
     collapse_image_pads,
-    image_data_uri,
     score_payload,
     score_triples,
 )
 from slime.engines.client import EngineClient
 from slime.engines.model_facts import ModelFacts, model_facts
+from slime.engines.pictures import data_uris
 from slime.utils.types import Sample
 
 REMEDY = "Is the teacher running? See its log (teacher*.log in its output folder) and check --rm-url."
@@ -128,11 +128,11 @@ async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
         return {"meta_info": {"input_token_logprobs": [[None, sample.tokens[-1], None]]}}
     settings = teacher_settings(args)
     request = _request(sample, settings.facts)
-    images = await _encoded_images(sample)
+    images = await data_uris(_images(sample))
     if images and request.image_pads is not None and request.image_pads != len(images):
         raise ScoreMismatchError(
             f"sample {sample.index} has {len(images)} pictures and its prompt {request.image_pads} image "
-            f"pads; the teacher would see other pictures than the student."
+            "pads; the teacher would see other pictures than the student."
         )
     payload = score_payload(request.tokens, request.prompt_length - 1, images)
     answer = await teacher_client(settings).generate(payload, group=sample.group_index)
@@ -168,8 +168,8 @@ def teacher_log_probs(answer: Any, response_length: int) -> torch.Tensor:
     if None in values:
         raise ScoreMismatchError(
             f"the teacher's log-prob of response token {values.index(None)} of {response_length} is null; "
-            f"the server met NaN or -inf there, or the scores begin too late (logprob_start_len must be the "
-            f"prompt's length less one)."
+            "the server met NaN or -inf there, or the scores begin too late (logprob_start_len must be the "
+            "prompt's length less one)."
         )
     return torch.tensor(values, dtype=torch.float32)
 
@@ -222,11 +222,3 @@ def _grids(sample: Sample) -> list[tuple[int, ...]] | None:
     none."""
     grids = (sample.multimodal_train_inputs or {}).get("image_grid_thw")
     return None if grids is None else [tuple(int(side) for side in grid) for grid in grids]
-
-
-async def _encoded_images(sample: Sample) -> list[str]:
-    """Encode the pictures off the event loop: one that was never encoded costs many milliseconds."""
-    images = _images(sample)
-    if not images:
-        return []
-    return await asyncio.to_thread(lambda: [image_data_uri(image) for image in images])

@@ -33,7 +33,7 @@ def rule_named(rm_type: str) -> Rule:
         return load_function(rm_type)
     raise ValueError(
         f"--rm-type {rm_type!r} is not known; use one of {', '.join(RULES)}, or a dotted path of your own "
-        f"rule."
+        "rule."
     )
 
 

@@ -1,0 +1,161 @@
+"""The rollout side of a run behind plain synchronous methods: data, engines, judges, evaluation.
+
+Owns an event loop in a thread; everything asynchronous happens there. Knows nothing of Ray or training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from slime.data.source import EvalSet, PromptSource
+from slime.engines.client import EngineClient
+from slime.engines.model_facts import model_facts
+from slime.evaluation import evaluate
+from slime.rollout.generate import GenerateFunction, Sampler, banned_ids, generate
+from slime.rollout.on_policy_distillation import REMEDY as TEACHER_REMEDY
+from slime.rollout.on_policy_distillation import close_teacher_clients
+from slime.rollout.rewards import Rewards
+from slime.rollout.rm_hub.grader import shared_grader
+from slime.rollout.rollout import RolloutBatch, run_rollout
+from slime.utils.misc import load_function
+from slime.utils.processing_utils import load_processor
+from slime.utils.types import Sample
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
+
+ENGINE_REMEDY = "Is the student's engine running? Look at its log in the run's output folder."
+
+T = TypeVar("T")
+
+
+class RolloutManager:
+    """Samples, scores and evaluates; keeps the position in the data. One per run."""
+
+    def __init__(self, args: Args, engine_urls: list[str]) -> None:
+        """Load processor and data. The engines need not answer yet."""
+        self._args = args
+        self._facts = model_facts(args.hf_checkpoint)
+        self._processor = load_processor(args.hf_checkpoint)
+        self._source = PromptSource(args, self._processor)
+        self._eval_sets: list[EvalSet] = []
+        self._banned = banned_ids(self._processor.tokenizer, self._facts.vocab_size)
+        path = args.custom_generate_function_path
+        self._function: GenerateFunction = generate if path is None else load_function(path)
+        self._rewards = Rewards(args, self._facts)
+        self._engines = EngineClient(
+            engine_urls,
+            role="student engine",
+            remedy=ENGINE_REMEDY,
+            concurrency=args.rollout_concurrency,
+            timeout=args.request_timeout,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-loop", daemon=True)
+        self._thread.start()
+
+    def generate(self, rollout_id: int) -> RolloutBatch:
+        """Sample and score the next `--rollout-batch-size` prompts.
+
+        Raises:
+            EngineError: an engine or the teacher failed; retries are over.
+        """
+        return self._run(self._generate(rollout_id))
+
+    def evaluate(self, rollout_id: int, who: Literal["student", "teacher"] = "student") -> dict[str, float]:
+        """Return the accuracy on `--eval-prompt-data` of the student's engines, or of the server at
+        `--rm-url`."""
+        return self._run(self._evaluate(who))
+
+    def update_weights(self, path: str, version: str) -> None:
+        """Load the checkpoint folder at `path` into every engine; what is generated from now on is of
+        `version`."""
+        self._run(self._update_weights(path, version))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data, as plain data."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position that `state_dict` gave."""
+        self._source.load_state_dict(state)
+
+    def pictures(self, hashes: Iterable[str]) -> dict[str, bytes]:
+        """Return the PNG bytes of pictures by their content hash."""
+        return self._source.pictures.png(hashes)
+
+    def close(self) -> None:
+        """Close the connections and end the loop's thread. A second call does nothing."""
+        if not self._thread.is_alive():
+            return
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _generate(self, rollout_id: int) -> RolloutBatch:
+        timeouts, bad_rows = shared_grader().timeouts, self._source.bad_rows
+        groups = await asyncio.to_thread(self._source.next_groups, self._args.rollout_batch_size)
+        batch = await run_rollout(
+            self._args,
+            rollout_id,
+            groups,
+            Sampler(self._engines, self._facts),
+            self._rewards,
+            self._banned,
+            self._function,
+        )
+        counts = {
+            "rollout/bad_rows": float(self._source.bad_rows - bad_rows),
+            "rollout/grader_timeouts": float(shared_grader().timeouts - timeouts),
+        }
+        return RolloutBatch(batch.samples, batch.metrics | counts)
+
+    async def _evaluate(self, who: Literal["student", "teacher"]) -> dict[str, float]:
+        sets = await asyncio.to_thread(self._eval_samples)
+        if who == "student":
+            return await self._answer(sets, self._engines)
+        if not self._args.rm_urls:
+            raise ValueError("the teacher's accuracy is asked for and no --rm-url names its server.")
+        async with EngineClient(
+            self._args.rm_urls,
+            role="teacher",
+            remedy=TEACHER_REMEDY,
+            concurrency=self._args.teacher_concurrency,
+            timeout=self._args.request_timeout,
+        ) as teacher:
+            return await self._answer(sets, teacher)
+
+    async def _answer(self, sets: dict[str, list[Sample]], client: EngineClient) -> dict[str, float]:
+        return await evaluate(self._args, sets, Sampler(client, self._facts), self._banned, self._function)
+
+    def _eval_samples(self) -> dict[str, list[Sample]]:
+        if not self._eval_sets:
+            self._eval_sets = [
+                EvalSet(name, path, self._args, self._processor) for name, path in self._args.eval_sets
+            ]
+        if not self._eval_sets:
+            raise ValueError("an evaluation is asked for and there is no --eval-prompt-data NAME PATH.")
+        return {eval_set.name: eval_set.samples() for eval_set in self._eval_sets}
+
+    async def _update_weights(self, path: str, version: str) -> None:
+        await self._engines.pause("retract")
+        await self._engines.update_weights_from_disk(path, version)
+        await self._engines.flush_cache()
+        await self._engines.continue_()
+
+    async def _close(self) -> None:
+        await self._engines.close()
+        await close_teacher_clients()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run on the loop and wait; an interrupt (Ctrl-C) cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

@@ -1,0 +1,122 @@
+"""One rollout: the student answers the prompts, each answer is judged as it ends, the verdicts become
+numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slime.engines.api import sampling_params
+from slime.engines.model_facts import ModelFacts
+from slime.rollout.clock import Clock
+from slime.rollout.generate import GenerateFunction, Sampler, generate_all
+from slime.rollout.rewards import TRAINED, Rewards
+from slime.utils.types import Sample, SampleStatus
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """What a rollout yields."""
+
+    samples: list[Sample]
+    """In the order of their groups."""
+    metrics: dict[str, float]
+
+
+def rollout_params(args: Args, banned: Sequence[int]) -> dict[str, Any]:
+    """Return the sampling parameters of a rollout."""
+    return sampling_params(
+        max_new_tokens=args.rollout_max_response_len,
+        temperature=args.rollout_temperature,
+        top_p=args.rollout_top_p,
+        top_k=args.rollout_top_k,
+        stop=args.rollout_stop,
+        stop_token_ids=args.rollout_stop_token_ids,
+        banned_ids=banned,
+    )
+
+
+async def run_rollout(
+    args: Args,
+    rollout_id: int,
+    groups: Sequence[Sequence[Sample]],
+    sampler: Sampler,
+    rewards: Rewards,
+    banned: Sequence[int],
+    function: GenerateFunction,
+) -> RolloutBatch:
+    """Answer and judge the groups' samples.
+
+    Raises:
+        EngineError: an engine or the teacher failed for good; the rollout is given up.
+    """
+    clock = Clock()
+
+    async def judge(sample: Sample) -> None:
+        clock.response_ended()
+        clock.score_started()
+        await rewards.judge(sample)
+        clock.score_ended()
+
+    samples = await generate_all(
+        args,
+        [sample for group in groups for sample in group],
+        rollout_params(args, banned),
+        sampler,
+        label=f"rollout {rollout_id}",
+        seed_label=f"rollout-{rollout_id}",
+        after=judge,
+        function=function,
+    )
+    await rewards.finish(samples)
+    return RolloutBatch(samples, rollout_metrics(samples, clock, sampler.facts))
+
+
+def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:
+    """Return what a rollout was like; shares are of 1, times in seconds."""
+    lengths = [sample.response_length for sample in samples]
+    trained = [sample for sample in samples if sample.status in TRAINED]
+    graded = [sample.metadata["task_reward"] for sample in trained if "task_reward" in sample.metadata]
+    raw = [sample.metadata["raw_reward"] for sample in trained]
+    metrics = {
+        "reward": _mean(graded or raw),
+        "raw_reward": _mean(raw),
+        "response_length": _mean(lengths),
+        "response_length_max": float(max(lengths)),
+        "truncated_share": _mean([sample.status == SampleStatus.TRUNCATED for sample in samples]),
+        "rollout/failed_samples": float(len(samples) - len(trained)),
+        "rollout/mixed_version_samples": float(sum(len(sample.weight_versions) > 1 for sample in samples)),
+    }
+    if any(sample.teacher_log_probs is not None for sample in trained):
+        # a misaligned score ends the rollout, so what is left to count are samples that were never scored
+        metrics["teacher/aligned_frac"] = len(trained) / len(samples)
+    return metrics | _times(samples, clock, facts)
+
+
+def _times(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:
+    first_score, last_score = min(clock.score_starts), max(clock.score_ends)
+    last_response = max(clock.response_ends)
+    generation, scoring = last_response - clock.start, max(last_score - first_score, 1e-9)
+    hidden = min(last_response, last_score) - first_score
+    return {
+        "perf/generation_seconds": generation,
+        "perf/scoring_seconds": scoring,
+        "perf/scoring_overlap_share": hidden / scoring,
+        "perf/first_score_before_last_response": float(first_score < last_response),
+        "perf/student_tokens_per_second": sum(sample.response_length for sample in samples) / generation,
+        "perf/teacher_tokens_per_second": sum(_seen_tokens(sample, facts) for sample in samples) / scoring,
+    }
+
+
+def _seen_tokens(sample: Sample, facts: ModelFacts) -> int:
+    """Return how many tokens a server sees of a sample."""
+    grids = (sample.multimodal_train_inputs or {}).get("image_grid_thw") or ()
+    return len(sample.tokens) - len(grids) + facts.image_tokens(grids)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
