@@ -50,6 +50,12 @@ def _rewards(args: Args) -> Iterator[str]:
             "1: every task advantage would be zero. Use at least 2, or --advantage-estimator "
             "reinforce_plus_plus."
         )
+    if args.task_reward_weight > 0 and not args.use_opd and args.custom_rm_path is None:
+        yield (
+            f"--task-reward-weight {args.task_reward_weight:g} adds the task's grade to another signal, and "
+            "without --use-opd and --custom-rm-path the grade is the only one already. Drop it, or add "
+            "--use-opd."
+        )
     if args.task_reward_weight > 0 and args.label_key is None:
         yield "--task-reward-weight grades against reference answers; set --label-key to their column."
 

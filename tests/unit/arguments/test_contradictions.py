@@ -1,0 +1,200 @@
+"""Flags that do not go together are refused by a sentence that names them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from slime.arguments import Args
+from slime.arguments.pending import PENDING
+
+MINIMAL = ("--hf-checkpoint", "student", "--prompt-data", "train.parquet", "--num-rollout", "3")
+URL = ("--rm-url", "http://127.0.0.1:13141/generate")
+DISTIL = ("--use-opd", "--opd-type", "sglang", *URL)
+
+CONTRADICTIONS = {
+    "opd without a type": (("--use-opd", *URL), ("--use-opd", "--opd-type")),
+    "a type without opd": (("--opd-type", "sglang", *URL, "--rm-type", "math"), ("--use-opd", "--opd-type")),
+    "a checkpoint for a served teacher": (
+        (*DISTIL, "--opd-teacher-load", "t"),
+        ("--opd-teacher-load", "--rm-url"),
+    ),
+    "a megatron teacher under fsdp": (
+        ("--use-opd", "--opd-type", "megatron", "--train-backend", "fsdp"),
+        ("--opd-type megatron", "--train-backend", "--rm-url"),
+    ),
+    "coefficient zero": ((*DISTIL, "--opd-kl-coef", "0"), ("--opd-kl-coef is 0", "--use-opd")),
+    "coefficient negative": ((*DISTIL, "--opd-kl-coef", "-1"), ("--opd-kl-coef is -1", "--use-opd")),
+    "coefficient without opd": (("--rm-type", "math", "--opd-kl-coef", "2"), ("--opd-kl-coef", "--use-opd")),
+    "a served teacher without address": (
+        ("--use-opd", "--opd-type", "sglang"),
+        ("--opd-type sglang", "--rm-url"),
+    ),
+    "an address without path": (
+        ("--use-opd", "--opd-type", "sglang", "--rm-url", "http://127.0.0.1:13141"),
+        ("--rm-url", "/generate"),
+    ),
+    "an address that is none": (
+        ("--use-opd", "--opd-type", "sglang", "--rm-url", "127.0.0.1:1/generate"),
+        ("--rm-url",),
+    ),
+    "rollout does not divide": (
+        (*DISTIL, "--rollout-batch-size", "3", "--n-samples-per-prompt", "4", "--global-batch-size", "8"),
+        ("--rollout-batch-size", "--n-samples-per-prompt", "--global-batch-size"),
+    ),
+    "ranks do not divide": (
+        (*DISTIL, "--actor-num-gpus-per-node", "3", "--global-batch-size", "32"),
+        ("--global-batch-size", "--actor-num-gpus-per-node"),
+    ),
+    "micro batches do not divide": (
+        (*DISTIL, "--global-batch-size", "32", "--micro-batch-size", "5"),
+        ("--global-batch-size", "--micro-batch-size"),
+    ),
+    "dynamic without a budget": (
+        (*DISTIL, "--use-dynamic-batch-size"),
+        ("--use-dynamic-batch-size", "--max-tokens-per-gpu"),
+    ),
+    "a budget without dynamic": (
+        (*DISTIL, "--max-tokens-per-gpu", "64"),
+        ("--use-dynamic-batch-size", "--max-tokens-per-gpu"),
+    ),
+    "two sizes of a micro batch": (
+        (*DISTIL, "--use-dynamic-batch-size", "--max-tokens-per-gpu", "64", "--micro-batch-size", "1"),
+        ("--use-dynamic-batch-size", "--micro-batch-size"),
+    ),
+    "task weight without grader": (
+        (*DISTIL, "--task-reward-weight", "0.5"),
+        ("--task-reward-weight", "--rm-type"),
+    ),
+    "task weight on the task alone": (
+        ("--rm-type", "math", "--task-reward-weight", "1"),
+        ("--task-reward-weight", "--use-opd"),
+    ),
+    "one sample in a group": (
+        (*DISTIL, "--task-reward-weight", "0.5", "--rm-type", "math", "--n-samples-per-prompt", "1"),
+        ("--advantage-estimator", "--n-samples-per-prompt"),
+    ),
+    "nothing to learn from": ((), ("--use-opd", "--rm-type", "--custom-rm-path")),
+    "evaluation without data": ((*DISTIL, "--eval-interval", "2"), ("--eval-interval", "--eval-prompt-data")),
+    "a set without path": ((*DISTIL, "--eval-prompt-data", "name"), ("--eval-prompt-data",)),
+    "a set twice": ((*DISTIL, "--eval-prompt-data", "a", "x", "a", "y"), ("--eval-prompt-data",)),
+    "teacher evaluated on nothing": ((*DISTIL, "--eval-teacher"), ("--eval-teacher", "--eval-prompt-data")),
+    "teacher evaluated nowhere": (
+        ("--rm-type", "math", "--eval-teacher", "--eval-prompt-data", "a", "b"),
+        ("--eval-teacher", "--rm-url"),
+    ),
+    "many greedy answers": (
+        (*DISTIL, "--n-samples-per-eval-prompt", "4"),
+        ("--n-samples-per-eval-prompt", "--eval-temperature"),
+    ),
+    "an interval without a folder": ((*DISTIL, "--save-interval", "2"), ("--save-interval", "--save")),
+    "system prompt without template": (
+        (*DISTIL, "--system-prompt", "be brief"),
+        ("--system-prompt", "--apply-chat-template"),
+    ),
+    "pictures neither small nor large": (
+        (*DISTIL, "--image-min-pixels", "9000", "--image-max-pixels", "100"),
+        ("--image-min-pixels", "--image-max-pixels"),
+    ),
+    "schedule that rises": ((*DISTIL, "--lr", "1e-5", "--min-lr", "1e-4"), ("--lr", "--min-lr")),
+    "deterministic sglang": (
+        (*DISTIL, "--engine", "sglang", "--deterministic-rollout"),
+        ("--deterministic-rollout", "--engine"),
+    ),
+    "sglang flags for another engine": (
+        (*DISTIL, "--engine", "transformers", "--sglang-log-level", "info"),
+        ("--sglang-log-level", "--engine"),
+    ),
+    "engines that leave GPUs over": (
+        (*DISTIL, "--rollout-num-gpus", "6", "--rollout-num-gpus-per-engine", "4"),
+        ("--rollout-num-gpus", "--rollout-num-gpus-per-engine"),
+    ),
+    "a file for a plugin": (
+        (*DISTIL, "--custom-rm-path", "plugins/reward.py"),
+        ("--custom-rm-path", "package.module"),
+    ),
+    "an engine url without scheme": (
+        (*DISTIL, "--rollout-engine-urls", "localhost:1"),
+        ("--rollout-engine-urls",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
+def test_contradiction_is_refused_and_names_its_flags(
+    refusal: Callable[..., str], flags: tuple[str, ...], named: tuple[str, ...]
+) -> None:
+    message = refusal(*flags, base=MINIMAL)
+    assert [name for name in named if name not in message] == []
+    assert "not available yet" not in message
+
+
+def test_all_problems_are_told_at_once(refusal: Callable[..., str]) -> None:
+    message = refusal("--opd-kl-coef", "0", "--save-interval", "2", "--eval-interval", "3")
+    assert "3 problems" in message
+    assert all(flag in message for flag in ("--opd-kl-coef", "--save-interval", "--eval-interval"))
+
+
+PENDING_FLAGS = {
+    "--train-backend megatron": ("--train-backend", "megatron"),
+    "--opd-type megatron": ("--train-backend", "megatron", "--opd-type", "megatron"),
+    "--opd-teacher-load": (
+        "--train-backend",
+        "megatron",
+        "--opd-type",
+        "megatron",
+        "--opd-teacher-load",
+        "t",
+    ),
+    "Megatron's own flags": ("--tensor-model-parallel-size", "2"),
+    "--colocate": ("--colocate",),
+    "--rm-url given several times": ("--rm-url", "http://127.0.0.1:2/generate"),
+    "--rollout-temperature other than 1": ("--rollout-temperature", "0.8"),
+    "--rollout-top-p below 1": ("--rollout-top-p", "0.9"),
+    "--rollout-top-k": ("--rollout-top-k", "20"),
+}
+
+
+def test_every_entry_of_the_pending_table_has_its_case_here() -> None:
+    assert [name for name, _, _ in PENDING] == list(PENDING_FLAGS)
+
+
+@pytest.mark.parametrize(("name", "flags"), PENDING_FLAGS.items(), ids=PENDING_FLAGS.keys())
+def test_pending_flag_is_refused_and_names_what_is_missing(
+    refusal: Callable[..., str], name: str, flags: tuple[str, ...]
+) -> None:
+    missing = next(sentence for entry, _, sentence in PENDING if entry == name)
+    message = refusal(*flags)
+    assert f"not available yet: {name}" in message
+    assert " ".join(missing.split()) in message
+
+
+def test_a_full_run_of_the_recipe_is_accepted(parsed: Callable[..., Args]) -> None:
+    args = parsed(
+        *("--apply-chat-template", "--rollout-shuffle", "--system-prompt", "Think first."),
+        *("--rollout-batch-size", "32", "--n-samples-per-prompt", "4", "--global-batch-size", "128"),
+        *(
+            "--use-dynamic-batch-size",
+            "--max-tokens-per-gpu",
+            "8192",
+            "--rm-type",
+            "math",
+            "--task-reward-weight",
+            "0.5",
+        ),
+        *("--custom-rm-path", "examples.opd_vlm.opd_vlm_reward.reward_func"),
+        *("--custom-reward-post-process-path", "examples.opd_vlm.opd_vlm_reward.post_process_rewards"),
+        *("--eval-interval", "5", "--eval-prompt-data", "geo3k", "test.parquet", "--eval-teacher"),
+        *(
+            "--save",
+            "ckpt",
+            "--save-interval",
+            "10",
+            "--actor-num-gpus-per-node",
+            "4",
+            "--rollout-num-gpus",
+            "4",
+        ),
+    )
+    assert args.num_train_ranks == 4
