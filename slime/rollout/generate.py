@@ -1,4 +1,4 @@
-"""The student answers: one sample at a time (`generate`), or all samples of a rollout or an evaluation
+"""The student answers: one sample (`generate`), or all samples of a rollout or an evaluation
 (`generate_all`).
 
 What was sampled is taken by its ids, never by its text. Nothing here grades or scores.
@@ -16,6 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from slime.engines.api import (
+    AnswerError,
+    EngineAbortedError,
     GenerateAnswer,
     ScoreMismatchError,
     generate_payload,
