@@ -15,7 +15,6 @@ from typing import Any
 
 LATEST_FILE = "latest"
 STATE_FILE = "state.json"
-TRAINER_FOLDER = "trainer"
 
 
 @dataclass(kw_only=True)
@@ -30,6 +29,31 @@ class RunState:
     teacher: float | None = None
     data: dict[str, Any] = field(default_factory=dict)
     """What the rollout manager's `state_dict` gave."""
+
+    def advance(self, tokens: int) -> None:
+        """Count one more rollout, in which the student sampled `tokens` tokens."""
+        self.rollout_id += 1
+        self.student_tokens += tokens
+
+    def saw_student(self, accuracy: float, rollout_id: int) -> None:
+        """Remember an evaluation of the student: the first, before any rollout, and the latest."""
+        if rollout_id == 0:
+            self.student_before = accuracy
+        else:
+            self.student_after = accuracy
+
+
+def resume_point(load: str | None) -> tuple[RunState, Path | None]:
+    """Return where the run begins: the state of the checkpoint that `--load` names and its folder, or a new
+    one.
+
+    Raises:
+        FileNotFoundError: `--load` names no checkpoint.
+    """
+    if load is None:
+        return RunState(), None
+    checkpoint = find_checkpoint(Path(load))
+    return read_state(checkpoint), checkpoint
 
 
 def begin_checkpoint(save: Path, rollout_id: int) -> Path:

@@ -46,7 +46,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[dict[str, float]]) -> None:
             axes.annotate(
                 f"{y:.2f}", (x, y), textcoords="offset points", xytext=(5, -11), ha="left", fontsize=8
             )
-    teacher = _series(records, "eval/teacher_accuracy")
+    teacher = _series(records, "teacher_eval/accuracy")
     if teacher[0]:
         level = teacher[1][-1]
         axes.axhline(level, color=TEACHER, linestyle="--", linewidth=1.5, label=f"teacher, {level:.2f}")

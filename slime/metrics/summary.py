@@ -1,4 +1,4 @@
-"""What a run came to: the closing table and the same as `summary.json`. Pure but for `write`."""
+"""What a run came to: the closing table and the same as `summary.json`. Pure but for `write_summary`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def render_table(summary: Summary) -> str:
     return "\n".join([border, *body, border])
 
 
-def write(summary: Summary, output_dir: Path) -> Path:
+def write_summary(summary: Summary, output_dir: Path) -> Path:
     """Write `summary.json` and return its path."""
     path = output_dir / SUMMARY_FILE
     path.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")

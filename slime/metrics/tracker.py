@@ -23,7 +23,7 @@ CONSOLE_COLUMNS = (
     ("reward", "reward", "{:.2f}"),
     ("length", "response_length", "{:.0f}"),
     ("truncated", "truncated_share", "{:.0%}"),
-    ("aligned", "aligned_share", "{:.0%}"),
+    ("aligned", "teacher/aligned_frac", "{:.0%}"),
     ("grad", "grad_norm", "{:.2g}"),
 )
 """(label, metric, format) of the line per rollout; a metric that a run does not have is left out."""
@@ -71,10 +71,18 @@ class Tracker:
         self._record(rollout_id, step, metrics)
         self.say(console_line(rollout_id, self._num_rollout, metrics))
 
-    def log_eval(self, rollout_id: int, step: int, metrics: Mapping[str, float], who: str) -> None:
-        """Record an evaluation made before rollout `rollout_id`, and print its line."""
-        self._record(rollout_id, step, metrics)
+    def log_eval(self, rollout_id: int, step: int, metrics: Mapping[str, float], who: str) -> float:
+        """Record an evaluation made before rollout `rollout_id`, print its line, and return `eval/accuracy`.
+
+        The teacher's go under names of their own, `teacher_eval/accuracy` and so on.
+        """
+        if who == "student":
+            named = metrics
+        else:
+            named = {name.replace("eval", who + "_eval", 1): value for name, value in metrics.items()}
+        self._record(rollout_id, step, named)
         self.say(eval_line(rollout_id, metrics, who))
+        return metrics["eval/accuracy"]
 
     def close(self) -> None:
         """Flush and close every output. A second call does nothing."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slime.arguments import Args
 
 SCHEDULE_SECONDS = 120.0
+TRAINER_FOLDER = "trainer"
 
 
 class RolloutGroup:
@@ -90,8 +91,8 @@ class TrainGroup:
     def __init__(self, cluster: Cluster, args: Args, store: WeightStore) -> None:
         self._cluster = cluster
         self._store = store
-        self.version = "0"
-        """Optimizer steps behind the published weights."""
+        self.step = 0
+        """Optimizer steps behind the published weights; as a string, their version."""
         self._actors = [
             cluster.start_actor(
                 f"train_{rank}",
@@ -124,26 +125,26 @@ class TrainGroup:
     def publish_weights(self, rollouts: RolloutGroup) -> dict[str, float]:
         """Bring the trainer's weights to the engines; what they sample next comes from these."""
         start = time.perf_counter()
-        version = str(self._cluster.wait([self._actors[0].weight_version.remote()])[0])
+        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
+        version = str(self.step)
         path = self._store.path_for(version)
         if path != self._store.current:
             self._everywhere("export_weights", str(path))
         exported = time.perf_counter()
         rollouts.update_weights(path, version)
         self._store.retire_all_but(version)
-        self.version = version
         return {
             "perf/export_seconds": exported - start,
             "perf/sync_seconds": time.perf_counter() - start,
         }
 
-    def save(self, path: Path) -> None:
-        """Write model, optimizer and schedule below `path`."""
-        self._everywhere("save", str(path))
+    def save(self, checkpoint: Path) -> None:
+        """Write model, optimizer and schedule into the folder of a checkpoint."""
+        self._everywhere("save", str(checkpoint.resolve() / TRAINER_FOLDER))
 
-    def load(self, path: Path) -> None:
+    def load(self, checkpoint: Path) -> None:
         """Read what `save` wrote."""
-        self._everywhere("load", str(path))
+        self._everywhere("load", str(checkpoint.resolve() / TRAINER_FOLDER))
 
     def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
         return self._cluster.wait([getattr(actor, method).remote(*arguments) for actor in self._actors])

@@ -65,7 +65,7 @@ class TrainActor(Actor):
         return self._ready().weight_version
 
     def export_weights(self, path: str) -> int:
-        """Write the full weights to `path`, a Hugging Face folder; return bytes. Rank 0 writes, all gather."""
+        """Write the full weights as a Hugging Face folder; return bytes. Rank 0 writes, all gather."""
         from slime.weight_sync.disk import write_weights
 
         return write_weights(

@@ -8,7 +8,7 @@ from PIL import Image
 from slime.metrics.plot import draw_curves
 
 FULL = [
-    {"rollout_id": 0, "step": 0, "eval/teacher_accuracy": 1.0},
+    {"rollout_id": 0, "step": 0, "teacher_eval/accuracy": 1.0},
     {"rollout_id": 0, "step": 0, "eval/accuracy": 0.31},
     *(
         {"rollout_id": i, "step": i + 1, "opd_reverse_kl": 0.5 / (i + 1), "reward": 0.3 + 0.03 * i}

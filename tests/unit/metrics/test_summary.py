@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from slime.metrics.summary import Summary, gap_closed, render_table, write
+from slime.metrics.summary import Summary, gap_closed, render_table, write_summary
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_what_was_not_evaluated_says_so(summary):
 
 
 def test_the_json_has_the_promised_keys(summary, tmp_path):
-    written = json.loads(write(summary, tmp_path).read_text())
+    written = json.loads(write_summary(summary, tmp_path).read_text())
     assert list(written) == [
         "student_before",
         "student_after",

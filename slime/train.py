@@ -1,0 +1,121 @@
+"""On-policy distillation, one rollout at a time: `python -m slime.train`.
+
+    prompts -> student rollout -> teacher scores -> advantages -> train step -> weight sync -> eval
+
+Everything heavy runs in Ray actors; this file only says in which order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from slime.arguments import Args, format_args, parse_args
+from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, resume_point
+from slime.metrics.closing import close_run
+from slime.metrics.tracker import Tracker
+from slime.ray.cluster import Cluster
+from slime.ray.groups import RolloutGroup, TrainGroup
+from slime.ray.interrupts import Terminated, listen
+from slime.weight_sync.store import WeightStore
+
+
+def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainGroup) -> RunState:
+    """Run the loop from the start, or from where `--load` stands, to `--num-rollout`."""
+    state, checkpoint = resume_point(args.load)
+    ask_teacher = args.eval_teacher and state.teacher is None
+    teacher = rollouts.evaluate_later(state.rollout_id, "teacher") if ask_teacher else None
+    trainers.wait_ready()
+    rollouts.wait_ready()
+    if checkpoint is not None:
+        trainers.load(checkpoint)
+        rollouts.load_state_dict(state.data)
+    trainers.publish_weights(rollouts)
+    if teacher is not None:
+        state.teacher = tracker.log_eval(state.rollout_id, trainers.step, rollouts.result(teacher), "teacher")
+
+    for rollout_id in range(state.rollout_id, args.num_rollout):
+        if eval_is_due(args, rollout_id):
+            evaluate(rollout_id, tracker, rollouts, trainers, state)
+        rollout = rollouts.generate(rollout_id)
+        metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
+        metrics |= trainers.publish_weights(rollouts)
+        state.advance(tokens=int(metrics["response_tokens"]))
+        if save_is_due(args, state.rollout_id):
+            metrics |= save(args, rollouts, trainers, state)
+        tracker.log(rollout_id, trainers.step, metrics)
+
+    if args.eval_sets:
+        evaluate(args.num_rollout, tracker, rollouts, trainers, state)
+    return state
+
+
+def evaluate(
+    rollout_id: int, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainGroup, state: RunState
+) -> None:
+    """Let the student answer the held-out sets with the weights it has before rollout `rollout_id`."""
+    metrics = rollouts.evaluate(rollout_id, "student")
+    state.saw_student(tracker.log_eval(rollout_id, trainers.step, metrics, "student"), rollout_id)
+
+
+def save(args: Args, rollouts: RolloutGroup, trainers: TrainGroup, state: RunState) -> dict[str, float]:
+    """Write a checkpoint below `--save`: trainer, position in the data, and the driver's own state."""
+    start = time.perf_counter()
+    state.data = rollouts.state_dict()
+    partial = begin_checkpoint(Path(args.save or ""), state.rollout_id)
+    trainers.save(partial)
+    finish_checkpoint(partial, state)
+    return {"perf/save_seconds": time.perf_counter() - start}
+
+
+def eval_is_due(args: Args, rollout_id: int) -> bool:
+    """Tell whether to evaluate before this rollout: the first one, and every `--eval-interval` after it."""
+    if not args.eval_sets:
+        return False
+    if rollout_id == 0:
+        return not args.skip_eval_before_train
+    return args.eval_interval is not None and rollout_id % args.eval_interval == 0
+
+
+def save_is_due(args: Args, done: int) -> bool:
+    """Tell whether to save after `done` rollouts: every `--save-interval` of them, and after the last."""
+    if args.save is None:
+        return False
+    return done == args.num_rollout or (args.save_interval is not None and done % args.save_interval == 0)
+
+
+def run(args: Args) -> None:
+    """Start everything, train, and leave nothing behind but the output folder."""
+    started = time.monotonic()
+    output_dir = Path(args.output_dir)
+    with Tracker(args) as tracker, Cluster(args) as cluster:
+        tracker.say(cluster.resources.describe())
+        checkpoint = Path(args.hf_checkpoint)
+        with WeightStore.create(output_dir, checkpoint, one_machine=cluster.one_machine) as store:
+            rollouts = RolloutGroup(cluster, args)
+            trainers = TrainGroup(cluster, args, store)
+            state = train(args, tracker, rollouts, trainers)
+        close_run(args, tracker, state, time.monotonic() - started)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line, print the configuration, run. Return 130 after Ctrl-C and 143 after SIGTERM."""
+    args = parse_args(None if argv is None else list(argv))
+    listen()
+    sys.stdout.write(format_args(args) + "\n")
+    sys.stdout.flush()
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
+        return 130
+    except Terminated:
+        sys.stderr.write("Terminated; everything that this run started has been ended.\n")
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
