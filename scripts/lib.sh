@@ -12,6 +12,14 @@ die() {
   exit 1
 }
 
+# require_whole_numbers VARIABLE...: ends with a message unless each is empty or a whole number.
+require_whole_numbers() {
+  local variable
+  for variable in "$@"; do
+    [[ "${!variable}" =~ ^[0-9]*$ ]] || die "$variable is ${!variable}; it must be a whole number."
+  done
+}
+
 # environment_folder: the active virtual environment, else .venv in the repository. Conda's base environment does not
 # count as active: it is everybody's.
 environment_folder() {

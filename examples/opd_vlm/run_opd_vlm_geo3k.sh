@@ -26,7 +26,9 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/scripts/lib.sh"
 : "${SLIME_SCRIPT_DATA_DIR:=$HOME/datasets}"
 : "${SLIME_SCRIPT_OUTPUT_DIR:=}"                 # empty: a fresh folder under outputs/
 : "${SLIME_SCRIPT_EXTRA_ARGS:=}"                 # appended to the training command; a flag given twice counts as given last
+: "${SLIME_SCRIPT_SKIP_SETUP:=0}"                # 1: the active environment is ready (a container, say); install nothing
 : "${SLIME_SCRIPT_DRY_RUN:=0}"                   # 1: print every command, run none
+require_whole_numbers SLIME_SCRIPT_NUM_GPUS SLIME_SCRIPT_NUM_GPUS_TEACHER SLIME_SCRIPT_NUM_GPUS_STUDENT
 if [ "$SLIME_SCRIPT_NUM_GPUS" = 0 ]; then
   TINY="$SLIME_REPO/slime/tiny/checkpoints"
   : "${SLIME_SCRIPT_STUDENT_MODEL:=$TINY/student}"
@@ -56,7 +58,7 @@ fi
 
 readonly KNOBS=(STUDENT_MODEL TEACHER_MODEL DATASET_NAME TRAIN_BACKEND ENGINE NUM_GPUS NUM_GPUS_TEACHER NUM_GPUS_STUDENT
   NUM_GPUS_PER_ENGINE NUM_ROLLOUT ROLLOUT_BATCH_SIZE N_SAMPLES_PER_PROMPT MAX_RESPONSE_LEN LR EVAL_INTERVAL OPD_KL_COEF
-  TASK_REWARD_WEIGHT TEACHER_URL TEACHER_PORT TEACHER_TIMEOUT EXTERNAL_RAY MODEL_DIR DATA_DIR OUTPUT_DIR EXTRA_ARGS DRY_RUN)
+  TASK_REWARD_WEIGHT TEACHER_URL TEACHER_PORT TEACHER_TIMEOUT EXTERNAL_RAY MODEL_DIR DATA_DIR OUTPUT_DIR EXTRA_ARGS SKIP_SETUP DRY_RUN)
 
 # --- small helpers ------------------------------------------------------------------------------------------------
 
@@ -120,15 +122,12 @@ check_variables() {
     [[ " ${KNOBS[*]} " == *" ${name#SLIME_SCRIPT_} "* ]] ||
       die "the environment has $name, which this script does not know. It knows, after SLIME_SCRIPT_: ${KNOBS[*]}."
   done
-  for name in NUM_GPUS NUM_GPUS_TEACHER NUM_GPUS_STUDENT NUM_GPUS_PER_ENGINE TEACHER_PORT NUM_ROLLOUT; do
-    local variable="SLIME_SCRIPT_$name"
-    [[ "${!variable}" =~ ^[0-9]*$ ]] || die "$variable is '${!variable}'; it must be a whole number."
-  done
+  require_whole_numbers SLIME_SCRIPT_NUM_GPUS_PER_ENGINE SLIME_SCRIPT_TEACHER_PORT SLIME_SCRIPT_TEACHER_TIMEOUT
   case "$SLIME_SCRIPT_ENGINE" in
     "" | sglang | transformers) ;;
     *) die "SLIME_SCRIPT_ENGINE is $SLIME_SCRIPT_ENGINE; it must be sglang or transformers." ;;
   esac
-  for name in SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_EXTERNAL_RAY; do
+  for name in SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_SKIP_SETUP SLIME_SCRIPT_EXTERNAL_RAY; do
     case "${!name}" in 0 | 1) ;; *) die "$name is ${!name}; it must be 0 or 1." ;; esac
   done
   if [ -n "$SLIME_SCRIPT_TEACHER_URL" ]; then
@@ -293,7 +292,7 @@ download_missing() {
   local i
   for ((i = 0; i < ${#DOWNLOADS[@]}; i += 3)); do
     say "Downloading ${DOWNLOADS[i]} to ${DOWNLOADS[i + 1]}"
-    step "$BIN/hf" download "${DOWNLOADS[i]}" --repo-type "${DOWNLOADS[i + 2]}" --local-dir "${DOWNLOADS[i + 1]}"
+    step "$(dirname "$PYTHON")/hf" download "${DOWNLOADS[i]}" --repo-type "${DOWNLOADS[i + 2]}" --local-dir "${DOWNLOADS[i + 1]}"
   done
   if [ "$MAKE_TINY_DATA" = 1 ]; then step "$PYTHON" -m slime.tiny --data "$DATA_FOLDER"; fi
 }
@@ -361,20 +360,23 @@ resolve() {
 
 set_up() {
   local options=()
+  if [ "$SLIME_SCRIPT_SKIP_SETUP" = 1 ]; then return; fi
   if [ "$NUM_GPUS" = 0 ] && [[ "$ENGINE $TEACHER_ENGINE" == *sglang* ]]; then options+=(--sglang-cpu); fi
   step bash "$SLIME_REPO/scripts/setup.sh" ${options[@]+"${options[@]}"}
 }
 
 main() {
-  BIN="$(environment_folder)/bin"
-  PYTHON="$BIN/python"
+  PYTHON="$(environment_folder)/bin/python"
   # Before the set-up any Python will do: placement and arguments need nothing but the standard library.
   ANY_PYTHON="$PYTHON"
   if [ ! -x "$PYTHON" ]; then ANY_PYTHON="$(base_python)"; fi
+  if [ "$SLIME_SCRIPT_SKIP_SETUP" = 1 ]; then PYTHON="$ANY_PYTHON"; fi
   export PYTHONPATH="$SLIME_REPO${PYTHONPATH:+:$PYTHONPATH}"
   # Guards the control endpoints of all servers of this run; in the environment, never on a command line.
   export SLIME_ENGINE_ADMIN_KEY="${SLIME_ENGINE_ADMIN_KEY:-$(random_key)}"
   resolve
+  # SGLang takes a while to give GPU memory back; killed in between it may keep it.
+  if [ "$NUM_GPUS" != 0 ]; then STOP_GRACE_SECONDS=60; fi
   end_with_script say_output
   say_output
   print_configuration

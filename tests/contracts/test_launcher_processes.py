@@ -1,0 +1,163 @@
+"""The launcher's processes, played by stand-ins: it ends all that it started, on every path, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slime.engines.process import free_port
+from tests.fakes.launcher import Machine
+
+TEACHER = "slime.engines.transformers_engine"
+DRIVER = "slime.train"
+PATIENCE_SECONDS = 60.0
+
+
+def wait_until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS:g} s"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Tell whether a process has ended, reaped or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def nothing_listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def bystander(machine: Machine) -> Iterator[subprocess.Popen[bytes]]:
+    """A teacher of somebody else, started with the same words."""
+    process = subprocess.Popen(
+        [str(Path(machine.environment["VIRTUAL_ENV"]) / "bin" / "python"), "-m", TEACHER],
+        env=machine.environment | {"TEACHER_PLAYS": "sleep"},
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def launch(
+    machine: Machine, *, teacher: str = "serve", driver: str = "succeed", **knobs: str
+) -> subprocess.Popen[str]:
+    """Start the launcher with a teacher and a driver that behave as told."""
+    knobs = {"TEACHER_PORT": str(free_port()), "OUTPUT_DIR": str(machine.root / "out")} | knobs
+    plays = {"TEACHER_PLAYS": teacher, "DRIVER_PLAYS": driver}
+    return machine.start(environment=plays, SKIP_SETUP="1", **machine.local() | knobs)
+
+
+def test_a_run_that_succeeds_leaves_nothing_but_its_output_folder(
+    machine: Machine, bystander: subprocess.Popen[bytes]
+) -> None:
+    port = free_port()
+    wait_until(lambda: machine.pids(TEACHER), "the bystander starts")
+    launcher = launch(machine, TEACHER_PORT=str(port))
+    stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 0, stderr
+    assert stdout.splitlines()[0] == stdout.splitlines()[-1] == f"Output folder: {machine.root}/out"
+    assert all(gone(pid) for pid in [*machine.pids(TEACHER)[1:], *machine.pids(DRIVER)])
+    assert nothing_listens(port)
+    assert bystander.poll() is None
+    link = machine.root / "teacher_sglang_out.log"
+    assert link.resolve() == (machine.root / "out" / "logs" / "teacher_transformers.log").resolve()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_teacher_and_driver_with_all_their_children(
+    machine: Machine, bystander: subprocess.Popen[bytes], number: signal.Signals, status: int
+) -> None:
+    launcher = launch(machine, driver="sleep with a child that ignores SIGTERM")
+    wait_until(lambda: machine.pids("child"), "the driver starts")
+    started = [*machine.pids(TEACHER), *machine.pids(DRIVER), *machine.pids("child")]
+    launcher.send_signal(number)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == status
+    assert [pid for pid in started if not gone(pid)] == [bystander.pid]
+
+
+def test_a_signal_while_the_teacher_starts_ends_it(machine: Machine) -> None:
+    launcher = launch(machine, teacher="sleep")
+    wait_until(lambda: machine.pids(TEACHER), "the teacher starts")
+    launcher.terminate()
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 143
+    assert all(gone(pid) for pid in machine.pids(TEACHER))
+    assert not machine.pids(DRIVER)
+
+
+def test_a_driver_that_fails_fails_the_launcher(machine: Machine) -> None:
+    launcher = launch(machine, driver="fail")
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "training ended with status 3" in stderr
+    assert all(gone(pid) for pid in machine.pids(TEACHER))
+
+
+def test_a_teacher_that_cannot_start_shows_the_end_of_its_log(machine: Machine) -> None:
+    launcher = launch(machine, teacher="fail")
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "the stand-in fails on purpose" in stderr
+    assert "ended before it was ready" in stderr
+    assert not machine.pids(DRIVER)
+
+
+def test_a_teacher_that_is_not_ready_in_time_is_ended(machine: Machine) -> None:
+    launcher = launch(machine, teacher="sleep", TEACHER_TIMEOUT="1")
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "was not ready after 1 s" in stderr
+    assert all(gone(pid) for pid in machine.pids(TEACHER))
+
+
+def test_a_teacher_that_dies_in_the_middle_ends_the_run(machine: Machine) -> None:
+    launcher = launch(machine, driver="sleep")
+    wait_until(lambda: machine.pids(DRIVER), "the driver starts")
+    os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "in the middle of the run" in stderr
+    assert all(gone(pid) for pid in machine.pids(DRIVER))
+
+
+def test_a_taken_port_is_an_error_that_names_the_variable(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        launcher = launch(machine, TEACHER_PORT=str(taken.getsockname()[1]))
+        _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "SLIME_SCRIPT_TEACHER_PORT" in stderr
+    assert not machine.pids(TEACHER)
+
+
+def test_a_failing_download_ends_the_run_before_any_server(machine: Machine) -> None:
+    program = Path(machine.environment["VIRTUAL_ENV"]) / "bin" / "hf"
+    program.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such repository')\n")
+    program.chmod(0o755)
+    launcher = launch(machine, STUDENT_MODEL="nobody/nothing")
+    stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "Downloading nobody/nothing" in stdout
+    assert "no such repository" in stderr
+    assert not machine.pids(TEACHER)
