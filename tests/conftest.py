@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-# Set before any test module imports transformers or datasets: a missing file is an error here, not a download.
+# Set before a test module imports transformers or datasets: a missing file is an error, not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -21,9 +20,8 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide `SLIME_SCRIPT_*` and keys of the caller's shell from the tests."""
     for name in [*os.environ]:
         if name.startswith(("SLIME_SCRIPT_", "SLIME_ENGINE_")) or name in {"WANDB_API_KEY", "HF_TOKEN"}:
             monkeypatch.delenv(name)
-    yield

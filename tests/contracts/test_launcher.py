@@ -1,4 +1,4 @@
-"""The launcher's dry run: what would run on 16, 8, 2, 1 and 0 GPUs, through the real placement and argument parser."""
+"""The launcher's dry run: what would run on 16 to 0 GPUs, through the real placement and argument parser."""
 
 from __future__ import annotations
 

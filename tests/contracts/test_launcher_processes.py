@@ -1,4 +1,4 @@
-"""The launcher's processes, played by stand-ins: it ends all that it started, on every path, and nothing else."""
+"""The launcher's processes, played by stand-ins: it ends what it started, on every path, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Run the launcher as a user does, on a machine that is made up: any number of GPUs, an environment of stand-ins.
+"""Run the launcher as a user does, on a made-up machine: any number of GPUs, an environment of stand-ins.
 
-The stand-in Python plays teacher and driver, as `TEACHER_PLAYS` and `DRIVER_PLAYS` say, and passes everything else on
-to the real one; so placement and the argument parser are the real ones.
+The stand-in Python plays teacher and driver, as `TEACHER_PLAYS` and `DRIVER_PLAYS` say, and passes everything
+else on to the real one; so placement and the argument parser are the real ones.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PYTHON = """#!{python}
 import http.server, os, signal, subprocess, sys, time
 
 arguments = sys.argv[1:]
-plays = {{"slime.engines.transformers_engine": "TEACHER_PLAYS", "slime.engines.sglang_engine": "TEACHER_PLAYS",
-         "slime.train": "DRIVER_PLAYS", "slime.tiny": "TINY_PLAYS"}}
+plays = {{"slime.engines.transformers_engine": "TEACHER_PLAYS",
+         "slime.engines.sglang_engine": "TEACHER_PLAYS", "slime.train": "DRIVER_PLAYS", "slime.tiny": "TINY_PLAYS"}}
 module = arguments[1] if arguments[:1] == ["-m"] else ""
 if module not in plays:
     os.execv({python!r}, [{python!r}, *arguments])
