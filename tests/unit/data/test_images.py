@@ -1,0 +1,282 @@
+"""Pictures: one resize, one encoding, limits, sources; and the pixel contract with the processor."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from slime.data import images
+from slime.data.images import Picture, PictureStore, load_image, prepare_picture, target_size
+from slime.utils.processing_utils import BadImageError, encode_image_for_rollout_engine
+
+MakeNoise = Callable[..., Image.Image]
+Encode = Callable[..., bytes]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(width=st.integers(1, 700), height=st.integers(1, 700))
+def test_processor_leaves_a_prepared_picture_alone(processor: Any, width: int, height: int) -> None:
+    if max(width, height) > 200 * min(width, height):
+        return
+    opened, picture = prepare_picture(Image.new("RGB", (width, height), "teal"), processor.image_processor)
+    features = processor.image_processor(images=[opened], return_tensors="np")
+    assert tuple(features["image_grid_thw"][0]) == picture.grid_thw
+    assert opened.size == (16 * picture.grid_thw[2], 16 * picture.grid_thw[1])
+    _, again = prepare_picture(opened, processor.image_processor)
+    assert again == picture
+
+
+def test_prepared_pixels_are_those_that_the_processor_would_have_made(
+    processor: Any, make_noise: MakeNoise
+) -> None:
+    image = make_noise(203, 117)
+    opened, _ = prepare_picture(image, processor.image_processor)
+    ours = processor.image_processor(images=[opened], return_tensors="np")["pixel_values"]
+    direct = processor.image_processor(images=[image], return_tensors="np")["pixel_values"]
+    assert (
+        np.abs(ours - direct).max() <= 1 / 127.5 + 1e-6
+    )  # one step of 8 bits: the processor resizes before rounding
+
+
+def test_a_fitting_picture_keeps_its_pixels(processor: Any, make_noise: MakeNoise) -> None:
+    image = make_noise(96, 64)
+    opened, picture = prepare_picture(image, processor.image_processor)
+    assert np.array_equal(np.asarray(opened), np.asarray(image))
+    assert picture.grid_thw == (1, 4, 6)
+    assert picture.sha256 == hashlib.sha256(picture.png).hexdigest()
+
+
+def test_same_pixels_give_the_same_bytes_whatever_they_came_from(
+    processor: Any, make_noise: MakeNoise, encode: Encode
+) -> None:
+    image = make_noise(96, 96)
+    annotated = image.copy()
+    annotated.info = {"icc_profile": b"x" * 30, "dpi": (72, 72), "exif": b"Exif\0\0"}
+    sources = [image, annotated, load_image(encode(image)), load_image(encode(image, "BMP"))]
+    assert len({prepare_picture(source, processor.image_processor)[1].sha256 for source in sources}) == 1
+
+
+def test_encoding_for_an_engine_does_not_encode_again(
+    processor: Any, make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, picture = prepare_picture(make_noise(96, 64), processor.image_processor)
+    monkeypatch.setattr("slime.utils.processing_utils.encode_png", lambda image: pytest.fail("encoded again"))
+    uri = encode_image_for_rollout_engine(opened)
+    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == picture.png
+
+
+def test_flags_narrow_the_processors_limits(processor: Any, make_noise: MakeNoise) -> None:
+    small, large = make_noise(70, 70), make_noise(300, 300)
+    _, enlarged = prepare_picture(small, processor.image_processor, min_pixels=200 * 200)
+    _, shrunk = prepare_picture(large, processor.image_processor, max_pixels=100 * 100)
+    assert enlarged.grid_thw[1] * enlarged.grid_thw[2] * 256 >= 200 * 200
+    assert shrunk.grid_thw[1] * shrunk.grid_thw[2] * 256 <= 100 * 100
+    with pytest.raises(BadImageError, match="--image-min-pixels"):
+        prepare_picture(small, processor.image_processor, min_pixels=10**9)
+
+
+def test_limits_that_no_size_meets_are_an_error_and_not_a_second_resize() -> None:
+    with pytest.raises(BadImageError, match="no size in multiples of 32"):
+        target_size(40, 1600, 32, 1000, 2000)
+    with pytest.raises(BadImageError, match="201x1"):
+        target_size(1, 201, 32, 1000, 2000)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_on_white(processor: Any, mode: str) -> None:
+    drawing = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (10, 10, 20, 20))
+    opened, _ = prepare_picture(drawing.convert(mode), processor.image_processor)
+    assert opened.getpixel((50, 50)) == (255, 255, 255)
+    assert opened.getpixel((15, 15)) == (0, 0, 0)
+
+
+def test_sixteen_bit_grey_keeps_its_tones(processor: Any) -> None:
+    ramp = Image.fromarray(np.full((96, 96), 0x8000, dtype=np.uint16))
+    opened, _ = prepare_picture(ramp, processor.image_processor)
+    assert opened.getpixel((5, 5)) == (128, 128, 128)
+
+
+def test_rotation_by_exif_is_not_applied(processor: Any, make_noise: MakeNoise) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    make_noise(96, 64).save(buffer, "PNG", exif=exif)
+    _, picture = prepare_picture(load_image(buffer.getvalue()), processor.image_processor)
+    assert picture.grid_thw == (1, 4, 6)
+
+
+def test_every_form_of_source_gives_the_same_picture(
+    tmp_path: Path, make_noise: MakeNoise, encode: Encode
+) -> None:
+    image = make_noise(40, 30)
+    data = encode(image)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(data)
+    forms = [
+        image,
+        data,
+        {"bytes": data, "path": "ignored.png"},
+        {"bytes": None, "path": "sub/a.png"},
+        "sub/a.png",
+        str(tmp_path / "sub" / "a.png"),
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+    ]
+    assert all(np.array_equal(np.asarray(load_image(form, tmp_path)), np.asarray(image)) for form in forms)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (b"", "cannot be decoded"),
+        (b"no picture at all", "cannot be decoded"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        (None, "cannot be a NoneType"),
+        (3, "cannot be a int"),
+        ("missing.png", "cannot be read"),
+        ("../secret.png", "leads out of the picture folder"),
+        ("a\0b.png", "no path|cannot be read"),
+        ("file:///etc/passwd", "only http and https"),
+        ("ftp://host/a.png", "only http and https"),
+        ("data:text/plain;base64,AAAA", "no data URI of a picture"),
+        ("data:image/png;base64,!!!", "base64 is broken"),
+        ("data:image/png;base64,AAAA", "cannot be decoded"),
+    ],
+)
+def test_bad_source_is_one_clear_error(tmp_path: Path, source: Any, why: str) -> None:
+    with pytest.raises(BadImageError, match=why):
+        load_image(source, tmp_path)
+
+
+def test_truncated_file_is_an_error(make_noise: MakeNoise, encode: Encode) -> None:
+    for form in ("PNG", "JPEG", "BMP"):
+        data = encode(make_noise(64, 64), form)
+        with pytest.raises(BadImageError, match="cannot be decoded"):
+            load_image(data[: len(data) // 2])
+
+
+def test_confined_root_keeps_absolute_paths_inside(
+    tmp_path: Path, make_noise: MakeNoise, encode: Encode
+) -> None:
+    inside, outside = tmp_path / "root" / "a.png", tmp_path / "b.png"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        path.write_bytes(encode(make_noise(40, 40)))
+    assert load_image(str(inside), inside.parent, confined=True).size == (40, 40)
+    with pytest.raises(BadImageError, match="leads out"):
+        load_image(str(outside), inside.parent, confined=True)
+    (inside.parent / "link.png").symlink_to(outside)
+    with pytest.raises(BadImageError, match="leads out"):
+        load_image("link.png", inside.parent)
+
+
+def test_decompression_bomb_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, encode: Encode
+) -> None:
+    bomb = encode(Image.new("L", (5000, 5000)))
+    assert len(bomb) < 100_000
+    monkeypatch.setattr("slime.utils.processing_utils.MAX_IMAGE_PIXELS", 24_000_000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadImageError, match="5000x5000 pixels"):
+        load_image(bomb)
+
+
+def test_formats_that_run_programs_are_not_opened() -> None:
+    with pytest.raises(BadImageError):
+        load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+class _Pictures(BaseHTTPRequestHandler):
+    """Serves what the path asks for."""
+
+    picture = b""
+    calls: list[str] = []
+
+    def do_GET(self) -> None:  # noqa: N802  the name that http.server wants
+        type(self).calls.append(self.path)
+        if self.path == "/flaky.png" and self.calls.count(self.path) < 3:
+            self.send_error(503)
+            return
+        if self.path == "/missing.png":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/slow.png":
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.02)
+        elif self.path == "/large.png":
+            self.wfile.write(b"x" * 200_000)
+        else:
+            self.wfile.write(self.picture)
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(make_noise: MakeNoise, encode: Encode) -> Iterator[str]:
+    _Pictures.picture = encode(make_noise(40, 30))
+    _Pictures.calls = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_url_is_fetched_and_a_server_error_is_tried_again(server: str) -> None:
+    assert load_image(f"{server}/good.png").size == (40, 30)
+    assert load_image({"bytes": None, "path": f"{server}/flaky.png"}).size == (40, 30)
+    assert _Pictures.calls.count("/flaky.png") == 3
+
+
+def test_url_that_is_not_there_is_asked_once(server: str) -> None:
+    with pytest.raises(BadImageError, match="HTTP 404"):
+        load_image(f"{server}/missing.png")
+    assert _Pictures.calls == ["/missing.png"]
+
+
+def test_url_has_a_time_limit_and_a_size_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FETCH_SECONDS", 0.3)
+    with pytest.raises(BadImageError, match=r"not complete after 0.3 s"):
+        load_image(f"{server}/slow.png")
+    monkeypatch.setattr(images, "FETCH_SECONDS", 10.0)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100_000)
+    with pytest.raises(BadImageError, match="larger than 100000 bytes"):
+        load_image(f"{server}/large.png")
+
+
+def test_unreachable_host_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images.time, "sleep", lambda seconds: None)
+    with pytest.raises(BadImageError, match="cannot be fetched"):
+        load_image("http://127.0.0.1:9/a.png")
+
+
+def test_store_keeps_one_copy_and_forgets_the_oldest() -> None:
+    store = PictureStore(max_bytes=25)
+    pictures = [Picture(name, name.encode() * 10, (1, 2, 2)) for name in "abc"]
+    assert store.add(pictures[0]) is pictures[0]
+    assert store.add(Picture("a", b"a" * 10, (1, 2, 2))) is pictures[0]
+    store.add(pictures[1])
+    store.add(pictures[0])
+    store.add(pictures[2])
+    assert store.png(["a", "c"]) == {"a": b"a" * 10, "c": b"c" * 10}
+    with pytest.raises(KeyError):
+        store.png(["b"])
