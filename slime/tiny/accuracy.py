@@ -5,6 +5,7 @@ For pre-training and its tests only: a job grades through its engine and the tas
 
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -48,7 +49,7 @@ def respond(
 ) -> list[str]:
     """Answer greedily; a response keeps its end token if it got that far."""
     inputs = encoder.prompts(texts, images).inputs
-    ids = model.generate(
+    ids = cast(Any, model).generate(
         **inputs,
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from slime.tiny.slips import Segment
 from slime.tiny.tokenizer import END
 
 IGNORED = -100
@@ -55,13 +56,13 @@ class Encoder:
         return self._batch(texts, images, [None] * len(texts))
 
     def examples(
-        self, texts: Sequence[str], images: Sequence[Image.Image], responses: Sequence[str]
+        self, texts: Sequence[str], images: Sequence[Image.Image], responses: Sequence[list[Segment]]
     ) -> Batch:
-        """Build right-padded prompts with responses; only the responses carry labels."""
+        """Build right-padded prompts with responses; learned segments and the end carry labels."""
         return self._batch(texts, images, responses)
 
     def _batch(
-        self, texts: Sequence[str], images: Sequence[Image.Image], responses: Sequence[str | None]
+        self, texts: Sequence[str], images: Sequence[Image.Image], responses: Sequence[list[Segment] | None]
     ) -> Batch:
         pixels = self.image_processor(images=list(images), return_tensors="pt")
         grids: Tensor = pixels["image_grid_thw"]
@@ -70,9 +71,9 @@ class Encoder:
         labels: list[list[int]] = []
         for text, count, response in zip(texts, pads, responses, strict=True):
             prompt = self._expand(self.prompt_ids(text), count)
-            answer = [] if response is None else [*self.tokenizer(response).input_ids, self.end_id]
+            answer, learned = ([], []) if response is None else self._response(response)
             rows.append(prompt + answer)
-            labels.append([IGNORED] * len(prompt) + answer)
+            labels.append([IGNORED] * len(prompt) + learned)
         left = responses[0] is None
         ids = self._pad(rows, self.pad_id, left)
         mask = self._pad([[1] * len(row) for row in rows], 0, left)
@@ -84,6 +85,16 @@ class Encoder:
             "image_grid_thw": grids,
         }
         return Batch(inputs, self._pad(labels, IGNORED, left))
+
+    def _response(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
+        """Return ids and labels of a response with its end token."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in segments:
+            part = self.tokenizer(segment.text).input_ids
+            ids += part
+            labels += part if segment.learned else [IGNORED] * len(part)
+        return [*ids, self.end_id], [*labels, self.end_id]
 
     def _expand(self, ids: list[int], count: int) -> list[int]:
         at = ids.index(self.image_id)

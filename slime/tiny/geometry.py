@@ -10,7 +10,6 @@ import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
@@ -76,27 +75,42 @@ class Problem:
     @property
     def answer(self) -> str:
         """Return the correct answer as a decimal number."""
-        return _decimal(_result(self.kind, self.figure)[1])
+        return finish(self.kind, calculate(self.kind, self.figure.across, self.figure.up))
 
     @property
     def solution(self) -> str:
         """Return the full text of a correct response."""
-        return solve(self.kind, self.figure, forget_last_step=False)
+        return solve(self.kind, self.figure.across, self.figure.up)
 
 
-def solve(kind: Kind, figure: Figure, *, forget_last_step: bool) -> str:
-    """Write the response to a problem: the thought, then the boxed answer.
+def solve(kind: Kind, a: int, b: int, *, forget_last_step: bool = False) -> str:
+    """Write the response for the numbers `a` (below) and `b` (at the left): thought, then boxed answer.
 
     With `forget_last_step` the result of the first operation is the answer: the habit of the default student.
     """
-    a, b = figure.across, figure.up
-    between, result = (_decimal(value) for value in _result(kind, figure))
-    if not kind.last or forget_last_step:
-        steps, result = f"{a}{kind.first}{b}={between}", between
-    else:
-        left = f"({a}{kind.first}{b})" if kind.first == "+" else f"{a}{kind.first}{b}"
-        steps = f"{left}{kind.last}={between}{kind.last}={result}"
-    return f"<think>{kind.names.format(a, b)}. {steps}</think>Answer: \\boxed{{{result}}}"
+    between = calculate(kind, a, b)
+    return f"<think>{kind.names.format(a, b)}. {a}{kind.first}{b}={between}" + conclude(
+        kind, between, forget_last_step=forget_last_step
+    )
+
+
+def conclude(kind: Kind, between: str, *, forget_last_step: bool = False) -> str:
+    """Write what follows the result of the first operation: the last step, if any, and the answer."""
+    last = "" if forget_last_step else kind.last
+    result = finish(kind, between) if last else between
+    step = f", {between}{last}={result}" if last else ""
+    return f"{step}</think>Answer: \\boxed{{{result}}}"
+
+
+def calculate(kind: Kind, a: int, b: int) -> str:
+    """Return the result of the first operation."""
+    return str(a * b if kind.first == "*" else a + b)
+
+
+def finish(kind: Kind, between: str) -> str:
+    """Return the result of the last step on a whole number: 18, 22.5."""
+    halves = int(between) * {"": 2, "*2": 4, "/2": 1}[kind.last]
+    return str(halves // 2) if halves % 2 == 0 else f"{halves // 2}.5"
 
 
 def problems(rng: random.Random, taken: set[str]) -> Iterator[Problem]:
@@ -145,18 +159,6 @@ def _fresh_problem(rng: random.Random, kind: Kind, a: int, b: int, taken: set[st
             taken.add(picture_hash)
             question = rng.choice(_PHRASINGS).format(quantity=kind.quantity, shape=kind.shape)
             return Problem(kind, figure, question, image, picture_hash)
-
-
-def _result(kind: Kind, figure: Figure) -> tuple[Fraction, Fraction]:
-    """Return the results of the first operation and of the whole."""
-    a, b = figure.across, figure.up
-    between = Fraction(a * b if kind.first == "*" else a + b)
-    return between, between * {"": Fraction(1), "*2": Fraction(2), "/2": Fraction(1, 2)}[kind.last]
-
-
-def _decimal(value: Fraction) -> str:
-    """Write a whole or half number: 18, 22.5."""
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.1f}"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -3,6 +3,7 @@
 The folder loads in transformers and in SGLang like any Qwen3-VL checkpoint.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Final
@@ -38,7 +39,7 @@ _PIXELS: Final = {
 
 def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
     """Describe the model: two text layers, two vision layers, one deepstack tap, tied embeddings."""
-    ids = tokenizer.convert_tokens_to_ids
+    ids = tokenizer.get_vocab()
     text = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": TEXT_WIDTH,
@@ -56,9 +57,9 @@ def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
         },
         "initializer_range": INITIALIZER_RANGE,
         "tie_word_embeddings": True,
-        "bos_token_id": ids(PAD),
-        "eos_token_id": ids(END),
-        "pad_token_id": ids(PAD),
+        "bos_token_id": ids[PAD],
+        "eos_token_id": ids[END],
+        "pad_token_id": ids[PAD],
     }
     vision = {
         "depth": 2,
@@ -76,10 +77,10 @@ def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
 
@@ -103,14 +104,9 @@ def save_processor(directory: Path) -> None:
 def save_checkpoint(model: Qwen3VLForConditionalGeneration, directory: Path) -> None:
     """Write the whole folder, weights in bfloat16; `model` is left as it is."""
     save_processor(directory)
-    ids = build_tokenizer().convert_tokens_to_ids
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    config = build_config(build_tokenizer())
-    config.dtype = torch.bfloat16
-    config.architectures = ["Qwen3VLForConditionalGeneration"]
-    rounded = Qwen3VLForConditionalGeneration(config).to(torch.bfloat16)
-    rounded.load_state_dict(state)
+    ids = build_tokenizer().get_vocab()
+    rounded = copy.deepcopy(model).bfloat16()
     rounded.generation_config = GenerationConfig(
-        bos_token_id=ids(PAD), eos_token_id=[ids(END), ids(PAD)], pad_token_id=ids(PAD)
+        bos_token_id=ids[PAD], eos_token_id=[ids[END], ids[PAD]], pad_token_id=ids[PAD]
     )
     rounded.save_pretrained(directory)

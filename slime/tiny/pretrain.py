@@ -20,6 +20,7 @@ from slime.tiny.accuracy import greedy_accuracy
 from slime.tiny.examples import Encoder
 from slime.tiny.geometry import Problem, problems, solve
 from slime.tiny.model import build_model
+from slime.tiny.slips import Segment, response_with_slip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Settings:
     weight_decay: float = 0.01
     forgetful: float = 0.0
     """Share of the solutions that leave out the last step."""
+    slips: float = 0.0
+    """Share of the solutions with a slip that is not learned."""
     stop_within: tuple[float, float] | None = None
     """Stop at the first check whose validation accuracy lies in this range; None runs all steps."""
     check_every: int = 100
@@ -86,7 +89,7 @@ def _train_step(
     model: Qwen3VLForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
     encoder: Encoder,
-    rows: Sequence[tuple[str, Image.Image, str]],
+    rows: Sequence[tuple[str, Image.Image, list[Segment]]],
 ) -> float:
     """Take one optimizer step on (problem, picture, solution) rows; return the loss."""
     texts, images, solutions = zip(*rows, strict=True)
@@ -107,8 +110,15 @@ def _cosine(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _written_solutions(settings: Settings, held_out: set[str]) -> Iterator[tuple[str, Image.Image, str]]:
+def _written_solutions(
+    settings: Settings, held_out: set[str]
+) -> Iterator[tuple[str, Image.Image, list[Segment]]]:
     rng = random.Random(settings.seed)
     for problem in problems(rng, set(held_out)):
-        forget = rng.random() < settings.forgetful
-        yield problem.text, problem.image, solve(problem.kind, problem.figure, forget_last_step=forget)
+        forget, slip = rng.random() < settings.forgetful, rng.random() < settings.slips
+        numbers = problem.figure.across, problem.figure.up
+        if slip:
+            response = response_with_slip(rng, problem)
+        else:
+            response = [Segment(solve(problem.kind, *numbers, forget_last_step=forget), True)]
+        yield problem.text, problem.image, response

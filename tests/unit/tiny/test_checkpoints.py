@@ -11,6 +11,7 @@ from slime.tiny.accuracy import boxed_answer, greedy_accuracy, respond
 from slime.tiny.examples import IGNORED, Encoder
 from slime.tiny.geometry import Problem, make_splits
 from slime.tiny.model import build_model
+from slime.tiny.slips import Segment
 from slime.tiny.tokenizer import VOCAB_SIZE
 
 torch.set_num_threads(1)
@@ -102,9 +103,13 @@ def test_left_padding_does_not_change_an_answer(encoder: Encoder, test_rows: lis
     assert together == [respond(model, encoder, [row.text], [row.image])[0] for row in rows]
 
 
-def test_only_responses_carry_labels(encoder: Encoder, test_rows: list[Problem]) -> None:
+def test_only_what_is_learned_carries_labels(encoder: Encoder, test_rows: list[Problem]) -> None:
     row, other = test_rows[:2]
-    batch = encoder.examples([row.text, other.text], [row.image, other.image], [row.solution, "6"])
+    batch = encoder.examples(
+        [row.text, other.text],
+        [row.image, other.image],
+        [[Segment(row.solution, True)], [Segment("1", False), Segment("6", True)]],
+    )
     labels = [label for label in batch.labels[0].tolist() if label != IGNORED]
     assert encoder.tokenizer.decode(labels) == row.solution + "<|im_end|>"
     assert (batch.labels[1] != IGNORED).sum() == 2

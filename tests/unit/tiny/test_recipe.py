@@ -1,0 +1,94 @@
+"""The recipe of the shipped checkpoints: a short run in every suite, the whole of it in the slow one."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slime.tiny import CHECKPOINTS, checkpoint_path, geometry
+from slime.tiny.__main__ import main
+from slime.tiny.examples import Encoder
+from slime.tiny.geometry import Problem, make_splits
+from slime.tiny.model import build_model, save_checkpoint
+from slime.tiny.pretrain import Settings, pretrain
+from slime.tiny.recipe import RECIPES, make_checkpoints
+
+RANGES = {"teacher": (0.95, 1.0), "student": (0.2, 0.4), "weak": (0.1, 0.3)}
+
+
+SHORT = Settings(seed=3, steps=3, warmup=1, batch_size=4, check_every=3)
+
+
+def few_steps(settings: Settings = SHORT) -> dict[str, torch.Tensor]:
+    """Pre-train for three steps and return the weights."""
+    torch.set_num_threads(1)
+    validation = make_splits()["validation"][:4]
+    return pretrain(settings, Encoder(checkpoint_path("teacher")), [], validation, "test").state_dict()
+
+
+def test_pre_training_repeats_and_depends_on_its_settings() -> None:
+    first, again, other = few_steps(), few_steps(), few_steps(replace(SHORT, slips=1.0))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_checkpoint_that_is_never_weak_enough_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"no check of test .* within \(0\.5, 0\.6\) in 3 steps"):
+        few_steps(replace(SHORT, stop_within=(0.5, 0.6)))
+
+
+def test_held_out_pictures_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+
+    def spy(rng: random.Random, taken: set[str]) -> Iterator[Problem]:
+        seen.append(set(taken))
+        return original(rng, taken)
+
+    original = geometry.problems
+    monkeypatch.setattr("slime.tiny.pretrain.problems", spy)
+    held_out = make_splits()["test"][:5]
+    settings = Settings(seed=1, steps=1, batch_size=2)
+    pretrain(settings, Encoder(checkpoint_path("teacher")), held_out, held_out, "test")
+    assert seen == [{problem.picture_hash for problem in held_out}]
+
+
+def test_saving_rounds_to_bfloat16_and_leaves_the_model(tmp_path: Path) -> None:
+    model = build_model(0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_checkpoint(model, tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in saved
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[name].bfloat16(), value) for name, value in saved.items())
+
+
+def test_every_checkpoint_has_a_recipe_and_the_weak_one_is_the_teachers_run() -> None:
+    assert tuple(RECIPES) == CHECKPOINTS
+    teacher, weak = RECIPES["teacher"], RECIPES["weak"]
+    assert (weak.seed, weak.steps, weak.slips) == (teacher.seed, teacher.steps, teacher.slips)
+
+
+def test_measuring_prints_the_accuracies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--measure", "--only", "weak"]) == 0
+    name, validation, test, blank = capsys.readouterr().out.splitlines()[1].split()
+    assert name == "weak"
+    assert RANGES["weak"][0] <= float(test) <= RANGES["weak"][1]
+    assert 0 < float(validation) < 0.5
+    assert float(blank) <= 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_recipe_still_reaches_the_accuracy(name: str, tmp_path: Path) -> None:
+    """Takes 1 (weak) to 6 minutes (teacher) on one thread."""
+    torch.set_num_threads(1)
+    [result] = make_checkpoints([name], tmp_path)
+    low, high = RANGES[name]
+    assert low <= result.test <= high
+    assert result.test_blank <= 0.15
