@@ -1,4 +1,4 @@
-"""What every actor shares: a log of its own, keys from the driver, and a call that ends only with it."""
+"""What every actor shares: a log of its own, surroundings from the driver, a call that ends only with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -14,22 +15,42 @@ import ray
 LOG_FOLDER = "logs"
 
 
-class Actor:
-    """Base of the actors. Heavy modules are imported in their methods, after the environment is set here."""
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What an actor takes over from the driver. An argument, because Ray logs a runtime environment."""
 
-    def __init__(self, name: str, output_dir: str, environment: Mapping[str, str], log_level: str) -> None:
-        """Take `environment` over and send standard error to the actor's log.
+    output_dir: str
+    log_level: str
+    environment: Mapping[str, str]
+    """Variables to set: keys of the engines among them."""
+    terminal: str | None
+    """The driver's terminal, where it has one and the actors share its machine."""
+
+
+class Actor:
+    """Base of the actors. Heavy modules are imported in methods, after the environment is set here."""
+
+    def __init__(self, name: str, surroundings: Surroundings, *, on_terminal: bool = False) -> None:
+        """Take the surroundings over and send standard error to the actor's log.
 
         Standard output stays with Ray, which shows it on the driver's console: it is where plugins print.
+        With `on_terminal`, what Python writes to standard error goes to the driver's terminal: the progress
+        bar.
         """
-        os.environ.update(environment)
-        path = log_path(output_dir, name)
+        os.environ.update(surroundings.environment)
+        path = log_path(surroundings.output_dir, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as log:
-            os.dup2(log.fileno(), sys.stderr.fileno())
+        log = path.open("a", buffering=1, encoding="utf-8")
+        os.dup2(log.fileno(), sys.stderr.fileno())
         logging.basicConfig(
-            level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+            stream=log,
+            level=surroundings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            force=True,
         )
+        if on_terminal and surroundings.terminal is not None:
+            # It stays open for the actor's life.
+            sys.stderr = open(surroundings.terminal, "w", encoding="utf-8")  # noqa: SIM115
 
     @ray.method(concurrency_group="control")
     def watch(self) -> None:
@@ -40,3 +61,8 @@ class Actor:
 def log_path(output_dir: str, name: str) -> Path:
     """Return where the actor (or server) `name` of a run writes its log."""
     return Path(output_dir).resolve() / LOG_FOLDER / f"{name}.log"
+
+
+def terminal_name() -> str | None:
+    """Return the path of the terminal that our standard error is, or None."""
+    return os.ttyname(sys.stderr.fileno()) if sys.stderr.isatty() else None

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.ray.actor import Actor, log_path
+from slime.ray.actor import Actor, Surroundings, log_path, terminal_name
 from slime.ray.interrupts import listen, shielded
 from slime.ray.resources import Resources, plan_resources
 
@@ -36,7 +36,7 @@ MAX_SOCKET_FOLDER_LENGTH = 40
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0
 LOG_TAIL_LINES = 30
-KEY_VARIABLES = ("SLIME_ENGINE_ADMIN_KEY", "SLIME_ENGINE_API_KEY")
+PASSED_ON = ("SLIME_ENGINE_ADMIN_KEY", "SLIME_ENGINE_API_KEY", "OMP_WAIT_POLICY")
 RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # It would kill our workers for memory that others on the machine use.
@@ -53,8 +53,12 @@ class Cluster:
         self._actors: dict[str, Any] = {}
         self._alarms: dict[ray.ObjectRef, str] = {}
         self._to_stop: list[Any] = []
-        keys = {name: os.environ[name] for name in KEY_VARIABLES if name in os.environ}
-        self._environment = {"SLIME_ENGINE_ADMIN_KEY": secrets.token_hex(16), **keys}
+        self._surroundings = Surroundings(
+            output_dir=str(Path(args.output_dir).resolve()),
+            log_level=args.log_level,
+            environment=_environment(),
+            terminal=terminal_name() if args.ray_address is None else None,
+        )
 
     def __enter__(self) -> Self:
         try:
@@ -83,16 +87,15 @@ class Cluster:
         num_gpus: float = 0,
         scheduling: PlacementGroupSchedulingStrategy | None = None,
     ) -> Any:
-        """Start an actor and return its handle. The environment for keys is its last argument.
+        """Start an actor and return its handle; its last argument are the surroundings.
 
-        Keys are no part of Ray's runtime environment, which Ray writes to its logs. Actors ask for no CPU:
-        they take turns, and on a small machine they must all be there nevertheless.
+        Actors ask for no CPU: they take turns, and on a small machine they must all be there nevertheless.
         """
         options: dict[str, Any] = {} if scheduling is None else {"scheduling_strategy": scheduling}
         remote = ray.remote(
             num_cpus=0, num_gpus=num_gpus, max_restarts=0, concurrency_groups={"control": 2}, **options
         )(actor_class)
-        handle = remote.remote(*arguments, self._environment)
+        handle = remote.remote(*arguments, self._surroundings)
         self._actors[name] = handle
         return handle
 
@@ -173,6 +176,16 @@ class Cluster:
                 tail = "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "(empty)"
                 return f"{name} died: {error}\nThe end of its log, {path}:\n{tail}"
         return str(error)
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables that every actor sets: the keys of the engines, and OpenMP's manners."""
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    variables.setdefault("SLIME_ENGINE_ADMIN_KEY", secrets.token_hex(16))
+    # Threads that wait by spinning take the cores of the processes that they wait for: ten times slower when
+    # trainer, engine and teacher share two cores.
+    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return variables
 
 
 def _short_temp_dir() -> Path:

@@ -7,12 +7,11 @@ server.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import ray
 
-from slime.ray.actor import Actor, log_path
+from slime.ray.actor import Actor, Surroundings, log_path
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -24,9 +23,9 @@ WATCH_SECONDS = 0.5
 class EngineActor(Actor):
     """Owns one server."""
 
-    def __init__(self, args: Args, number: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, args: Args, number: int, surroundings: Surroundings) -> None:
         self.name = f"engine_{number}"
-        super().__init__(f"{self.name}_actor", args.output_dir, environment, args.log_level)
+        super().__init__(f"{self.name}_actor", surroundings)
         self._args = args
         self._server: ServerProcess | None = None
         self._stopping = threading.Event()

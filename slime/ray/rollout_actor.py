@@ -7,13 +7,13 @@ Shards go into Ray's object store here, so samples and pictures never pass throu
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from slime.ray.actor import Actor
+from slime.ray.actor import Actor, Surroundings
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -35,8 +35,8 @@ class RolloutResult:
 class RolloutActor(Actor):
     """Generates, scores and evaluates; keeps the position in the data."""
 
-    def __init__(self, args: Args, environment: Mapping[str, str]) -> None:
-        super().__init__("rollout", args.output_dir, environment, args.log_level)
+    def __init__(self, args: Args, surroundings: Surroundings) -> None:
+        super().__init__("rollout", surroundings, on_terminal=True)
         self._args = args
         self._manager: RolloutManager | None = None
         self._version: str | None = None
@@ -70,11 +70,12 @@ class RolloutActor(Actor):
         shards = build_shards(self._args, batch.samples, pictures, self._args.num_train_ranks, rollout_id)
         refs = [ray.put(shard) for shard in shards]
         tokens = sum(sample.response_length for sample in batch.samples)
+        now = time.perf_counter()
         times = {
             "response_tokens": float(tokens),
-            "perf/generate_seconds": generated - start,
-            "perf/generate_tokens_per_second": tokens / (generated - start),
-            "perf/shards_seconds": time.perf_counter() - generated,
+            "perf/rollout_seconds": now - start,
+            "perf/rollout_tokens_per_second": tokens / (now - start),
+            "perf/shards_seconds": now - generated,
         }
         return RolloutResult(shards=refs, metrics=batch.metrics | times)
 

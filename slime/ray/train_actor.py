@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
 
-from slime.ray.actor import Actor
+from slime.ray.actor import Actor, Surroundings
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 class TrainActor(Actor):
     """Trains in step with the other ranks: each verb must be called on all of them."""
 
-    def __init__(self, args: Args, rank: int, environment: Mapping[str, str]) -> None:
-        # OpenMP reads its variable once, when torch is imported below.
-        threads = {"OMP_NUM_THREADS": str(args.train_threads)}
-        super().__init__(f"train_{rank}", args.output_dir, {**environment, **threads}, args.log_level)
+    def __init__(self, args: Args, rank: int, surroundings: Surroundings) -> None:
+        super().__init__(f"train_{rank}", surroundings)
+        # OpenMP reads this once, when torch is imported below. Ray has set it to 1.
+        os.environ["OMP_NUM_THREADS"] = str(args.train_threads)
         self._args = args
         self._rank = rank
         self._trainer: Trainer | None = None
