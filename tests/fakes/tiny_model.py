@@ -71,7 +71,9 @@ def make_samples(
     for index in range(count):
         group = index // group_size
         length = 3 + int(torch.randint(0, 9, (), generator=generator))
-        tokens = ordinary[torch.randint(0, len(ordinary), (5 + group % 3 + length,), generator=generator)].tolist()
+        tokens = ordinary[
+            torch.randint(0, len(ordinary), (5 + group % 3 + length,), generator=generator)
+        ].tolist()
         inputs = None
         if with_pictures[group % len(with_pictures)]:
             sha256, png, grid = make_picture(group)

@@ -1,0 +1,150 @@
+"""Runs training jobs for tests: in this process as one rank, or in several processes joined by gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from slime.arguments import Args, parse_args
+from slime.backends import create_backend
+from slime.backends.fsdp.backend import FsdpBackend
+from slime.trainer import Trainer, build_shards
+from slime.utils.processing_utils import load_processor
+from slime.utils.types import Sample
+
+ONE_BATCH = ("--use-dynamic-batch-size", "--max-tokens-per-gpu", "100000")
+LINEAR_STEP = ("--lr", "1", "--adam-eps", "1", "--adam-beta1", "0", "--adam-beta2", "0", "--clip-grad", "0")
+"""AdamW moves a weight by g / (|g| + 1): what differs in weights after a step differs in the gradient."""
+DISTILL = (
+    *("--use-opd", "--opd-type", "sglang", "--rm-url", "http://127.0.0.1:1/generate"),
+    *(
+        "--custom-rm-path",
+        "plugin.reward_func",
+        "--custom-reward-post-process-path",
+        "plugin.post_process_rewards",
+    ),
+)
+WORKER = "from tests.fakes.training import work; work()"
+
+
+@dataclass
+class Job:
+    """One run of `Trainer.train`: flags, data, and what came of it."""
+
+    flags: tuple[str, ...]
+    samples: list[Sample]
+    pictures: dict[str, bytes]
+    rollouts: int = 1
+    port: int = 0
+    load: str | None = None
+    save: str | None = None
+
+
+@dataclass
+class Outcome:
+    """Metrics of each rollout on one rank, and the full weights after the last."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_args(model: Path, *flags: str, samples: int = 8, ranks: int = 1) -> Args:
+    """Return arguments for a training test; `samples` come in groups of two."""
+    return parse_args(
+        [
+            *("--hf-checkpoint", str(model), "--prompt-data", "unused.parquet", "--num-rollout", "10"),
+            *("--rollout-batch-size", str(samples // 2), "--n-samples-per-prompt", "2"),
+            *("--train-threads", "1", "--actor-num-gpus-per-node", str(ranks)),
+            *flags,
+        ]
+    )
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = None) -> Iterator[FsdpBackend]:
+    """Give a backend in a process group of its own."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "LOCAL_RANK": "0"}
+    with patch.dict(os.environ, environment):
+        backend = create_backend(args, rank, world_size)
+    try:
+        assert isinstance(backend, FsdpBackend)
+        yield backend
+    finally:
+        backend.close()
+
+
+def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
+    """Run one job as one rank."""
+    args = make_args(model, *job.flags, samples=len(job.samples), ranks=world_size)
+    outcome = Outcome()
+    with joined(args, rank, world_size, job.port) as backend:
+        if job.load is not None:
+            backend.load_checkpoint(Path(job.load))
+        trainer = Trainer(args, backend, load_processor(model))
+        for rollout_id in range(job.rollouts):
+            shards = build_shards(args, job.samples, job.pictures, world_size, rollout_id)
+            outcome.metrics.append(trainer.train(rollout_id, shards[rank]))
+        if job.save is not None:
+            backend.save_checkpoint(Path(job.save))
+        outcome.weights = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
+    return outcome
+
+
+def train_on_ranks(
+    model: Path, jobs: Sequence[Job], folder: Path, world_size: int = 2, timeout: float = 240
+) -> list[list[Outcome]]:
+    """Run all jobs on `world_size` processes; return each job's outcome on every rank.
+
+    Raises:
+        AssertionError: a rank failed, or they were not done in time: a hang.
+    """
+    for job in jobs:
+        job.port = free_port()
+    torch.save(list(jobs), folder / "jobs.pt")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(model), str(folder), str(rank), str(world_size)],
+            env=environment,
+            stdout=(folder / f"rank{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        codes = [process.wait(timeout=timeout) for process in ranks]
+    except subprocess.TimeoutExpired:
+        codes = [None]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(world_size))
+    assert codes == [0] * world_size, f"ranks ended with {codes} (None: they hang)\n{logs}"
+    outcomes = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [list(of_ranks) for of_ranks in zip(*outcomes, strict=True)]
+
+
+def work() -> None:
+    """Be one rank: run the jobs of a folder and write what came of them."""
+    model, folder, rank, world_size = sys.argv[1:5]
+    jobs = torch.load(Path(folder) / "jobs.pt", weights_only=False)
+    outcomes = [train(Path(model), job, int(rank), int(world_size)) for job in jobs]
+    torch.save(outcomes, Path(folder) / f"rank{rank}.pt")
