@@ -30,8 +30,9 @@ _SERVE = _ENGINES / "sglang_serve.py"
 _STAND_INS = _ENGINES / "sglang_cpu"
 _REPOSITORY = _ENGINES.parents[1]
 _KEY_FLAGS = ("--api-key", "--admin-api-key")
-# The trainer reads pictures with Pillow. SGLang's default, torchvision, resizes to slightly other pixels.
-_COMMON_FLAGS = ("--image-processor-backend", "pil")
+# The trainer reads pictures with Pillow. SGLang's default, torchvision, resizes to slightly other pixels. A
+# log line for each of a run's many thousand requests would bury what matters.
+_COMMON_FLAGS = ("--image-processor-backend", "pil", "--log-level-http", "warning")
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"),
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
@@ -104,6 +105,9 @@ def _environment(
     env = dict(base)
     env.setdefault(ADMIN_KEY_VARIABLE, secrets.token_hex(16))
     env["TOKENIZERS_PARALLELISM"] = "false"
+    # By default an idle connection is closed after 5 s, just when a client that trained meanwhile sends
+    # again.
+    env.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", "120")
     # SGLang keeps the vision embeddings of pictures it has seen, over weight updates and flushes, so a
     # student's engine must keep none. A teacher's weights never change; it sees a prompt's picture once for
     # each of its samples.

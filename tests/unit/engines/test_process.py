@@ -1,4 +1,4 @@
-"""Server processes: ready, failing, stopped, and gone whatever happens to their owner. Every process here is real."""
+"""Server processes: ready, failing, stopped, gone whatever happens to their owner. Every process is real."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ from slime.engines.process import ServerProcess, free_port, is_ready, start_serv
 
 ROOT = Path(__file__).parents[3]
 
-# Answers GET /ready after it has left a child in a session of its own, whose parent is already dead: the kind of
-# process that a signal to the server's group does not reach.
+# Answers GET /ready after it has left a child in a session of its own, whose parent is already dead: the kind
+# of process that a signal to the server's group does not reach.
 SERVER = """
 import http.server, os, signal, subprocess, sys
 port, pids, stubborn = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "stubborn"

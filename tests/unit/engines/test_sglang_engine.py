@@ -1,4 +1,4 @@
-"""The command line and environment of a real SGLang server: built, checked and printed, never started here."""
+"""The command line and environment of a real SGLang server: built, checked, printed, never started here."""
 
 import os
 import subprocess
@@ -36,6 +36,7 @@ def test_a_teacher_on_eight_gpus():
     assert "--dtype" not in argv
     assert env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
     assert env["SGLANG_VLM_CACHE_SIZE_MB"] == "2048"
+    assert int(env["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 60
     assert "SGLANG_USE_CPU_ENGINE" not in env
     assert "HF_HUB_OFFLINE" not in env
 
@@ -171,7 +172,7 @@ def test_the_command_says_that_sglang_is_missing(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("stop", ["signal", "end of the parent"])
 def test_the_command_supervises_its_server(tmp_path, stop):
-    """A stand-in for SGLang's Python shows what runs, and that no key is on its command line or left behind."""
+    """A stand-in for SGLang's Python shows what runs, and that its key is on no command line."""
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/sh\ncase "$*" in *find_spec*) exit 0;; esac\n'

@@ -1,0 +1,60 @@
+"""The shipped tiny checkpoints on a real SGLang server: the same answers as under transformers."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from slime.engines.process import ServerProcess
+from slime.tiny.examples import Encoder
+from slime.tiny.geometry import Problem, make_splits
+from slime.tiny.paths import CHECKPOINTS, checkpoint_path
+from tests.contracts.reference import TOLERANCE, Http, Reference, running_sglang
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
+
+MAX_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("sglang") / "tiny.log"
+    with running_sglang(checkpoint_path("teacher"), log, role="student") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    """Eight rows of the test split, all of different kinds where there are so many."""
+    rows = make_splits()["test"]
+    return list({row.kind: row for row in rows}.values())[:8]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_tiny_checkpoint_answers_and_scores_as_under_transformers(server, problems, name):
+    http = Http(server)
+    http.update_weights(checkpoint_path(name), name)
+    reference, encoder = Reference(checkpoint_path(name)), Encoder(checkpoint_path(name))
+    vision = [token for token in encoder.tokenizer.all_special_ids if token != encoder.end_id]
+    sampling = {
+        "temperature": 0,
+        "max_new_tokens": MAX_TOKENS,
+        "logit_bias": {str(token): -100.0 for token in vision},
+        "skip_special_tokens": False,
+    }
+    for problem in problems:
+        prompt, images = encoder.prompt_ids(problem.text), [problem.image]
+        answer = http.generate(prompt, images, sampling_params=sampling)
+        response = answer["output_ids"]
+        expected, log_probs = reference.greedy(prompt, response, images, vision)
+        assert response == expected
+        assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+        assert answer["meta_info"]["weight_version"] == name
+        sampled = torch.tensor([log_prob for log_prob, _, _ in answer["meta_info"]["output_token_logprobs"]])
+        torch.testing.assert_close(sampled, log_probs, atol=TOLERANCE, rtol=0)
+
+        whole = [*prompt, *response]
+        scored = http.score(whole, images, len(response))
+        torch.testing.assert_close(
+            scored, reference.log_probs(whole, images, len(response)), atol=TOLERANCE, rtol=0
+        )
