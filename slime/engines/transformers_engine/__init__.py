@@ -1,10 +1,12 @@
-"""SGLang's HTTP API on plain transformers, for a CPU or one GPU: `python -m slime.engines.transformers_engine`.
+"""SGLang's HTTP API on transformers, for a CPU or one GPU: `python -m slime.engines.transformers_engine`.
 
-It stands where an SGLang server would, for the student and for the teacher, and answers alike, strictness included.
-Concurrent requests share forwards (a step-wise batcher with a KV cache); there is no prefix cache and no paging.
+It stands where an SGLang server would, for the student and for the teacher, and answers alike, strictness
+included. Concurrent requests share forwards (a step-wise batcher with a KV cache); there is no prefix cache
+and no paging.
 
-`--deterministic` makes answers repeat bit for bit on one machine and thread count. A generating request then says in
-`sampling_params.custom_params` where it belongs: `{"wave": str, "wave_size": int, "order": int}`. The engine waits for
-all `wave_size` requests of a wave, runs waves one at a time, and admits a wave's requests by `order`; so a client must
-keep at least `wave_size` requests in flight. Requests without a wave, and scoring requests, run alone.
+`--deterministic` makes answers repeat bit for bit on one machine and thread count. A generating request then
+says in `sampling_params.custom_params` where it belongs: `{"wave": str, "wave_size": int, "order": int}`. The
+engine waits for all `wave_size` requests of a wave, runs waves one at a time, and admits a wave's requests by
+`order`; so a client must keep at least `wave_size` requests in flight. Requests without a wave, and scoring
+requests, run alone.
 """

@@ -1,4 +1,5 @@
-"""Command line of the transformers engine: `python -m slime.engines.transformers_engine --model-path … --port …`."""
+# ruff: noqa: T201 (a command line prints)
+"""Command line of the transformers engine: settings, parts put together, serving until a signal."""
 
 import argparse
 import asyncio
@@ -8,11 +9,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from aiohttp import web
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from slime.engines.transformers_engine.answers import AnswerWriter
 from slime.engines.transformers_engine.batcher import Batcher
@@ -23,10 +24,14 @@ from slime.engines.transformers_engine.info import ServerInfo
 from slime.engines.transformers_engine.model import EngineModel
 from slime.engines.transformers_engine.prompt import VisionTokens
 from slime.engines.transformers_engine.server import EngineServer, Keys
+from slime.engines.transformers_engine.stepper import Stepper
 from slime.engines.transformers_engine.stopping import StopChecker
+from slime.utils.processing_utils import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNLIMITED_TOKENS = 2**40
+SHUTDOWN_SECONDS = 1.0
+BACKLOG = 1024
 KV_SHARE = 0.6
 """Share of a GPU's free memory that keys and values may take."""
 
@@ -36,13 +41,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="slime.engines.transformers_engine", description=__doc__)
     parser.add_argument("--model-path", required=True, help="folder of a Qwen3-VL checkpoint")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--host", default="127.0.0.1", help="beyond loopback, SLIME_ENGINE_API_KEY must be set")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="beyond loopback, SLIME_ENGINE_API_KEY must be set"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default=None, help="default: float32 on cpu, bfloat16 on cuda"
+    )
     parser.add_argument("--served-model-name", default=None, help="default: the model path")
     parser.add_argument("--weight-version", default="default", help="name of the weights at the start")
-    parser.add_argument("--max-running-requests", type=int, default=256, help="most responses generated at once")
-    parser.add_argument("--max-prefill-tokens", type=int, default=16384, help="tokens of one prefill, padding included")
+    parser.add_argument(
+        "--max-running-requests", type=int, default=256, help="most responses generated at once"
+    )
+    parser.add_argument(
+        "--max-prefill-tokens", type=int, default=16384, help="tokens of one prefill, padding included"
+    )
     parser.add_argument(
         "--max-total-tokens",
         type=int,
@@ -50,12 +65,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="most tokens of keys and values; default: no limit on cpu, what fits the memory on cuda",
     )
     parser.add_argument("--context-length", type=int, default=None, help="default: the checkpoint's")
-    parser.add_argument("--threads", type=int, default=None, help="torch's threads on cpu; default: OMP_NUM_THREADS")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="torch's threads on cpu; default: OMP_NUM_THREADS"
+    )
     parser.add_argument("--random-seed", type=int, default=0, help="seed of requests that bring none")
-    parser.add_argument("--deterministic", action="store_true", help="repeat bit for bit; see the package's docstring")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="repeat bit for bit; see the package's docstring"
+    )
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     args = parser.parse_args(argv)
-    for name in ("max_running_requests", "max_prefill_tokens", "max_total_tokens", "context_length", "threads"):
+    for name in (
+        "max_running_requests",
+        "max_prefill_tokens",
+        "max_total_tokens",
+        "context_length",
+        "threads",
+    ):
         value = vars(args)[name]
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -105,43 +130,19 @@ def total_tokens(args: argparse.Namespace, model: EngineModel) -> int:
 
 async def serve(args: argparse.Namespace) -> int:
     """Load the checkpoint, serve until a signal comes or the model thread dies; return the exit status."""
-    model = EngineModel(args.model_path, DTYPES[args.dtype], torch.device(args.device))
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    images = ImageLoader(AutoImageProcessor.from_pretrained(args.model_path))
-    stops = StopChecker(tokenizer)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    batcher = Batcher(
-        model,
-        stops,
-        max_running=args.max_running_requests,
-        max_prefill_tokens=args.max_prefill_tokens,
-        max_total_tokens=total_tokens(args, model),
-        deterministic=args.deterministic,
-        weight_version=args.weight_version,
-        on_failure=lambda: loop.call_soon_threadsafe(ended.set),
-    )
-    context = args.context_length or model.config.text_config.max_position_embeddings
-    eos = model.eos_ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
-    generator = Generator(
-        batcher,
-        tokenizer,
-        images,
-        vision_tokens(model.config, tokenizer),
-        AnswerWriter(stops, model.vocab_size),
-        Limits(context_length=context, eos_ids=frozenset(eos)),
-        args.random_seed,
-    )
-    control = Control(batcher, generator, args.model_path, args.served_model_name or args.model_path)
-    info = ServerInfo(args.model_path, model.config.model_type, model.config.architectures, context, vars(args))
-    keys = Keys(os.environ.get("SLIME_ENGINE_API_KEY"), os.environ.get("SLIME_ENGINE_ADMIN_KEY"))
-    app = EngineServer(batcher, generator, control, info, keys).application()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, ended.set)
+
+    def end_soon() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    batcher, generator, app = build(args, end_soon)
     batcher.start()
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
     await runner.setup()
-    await web.TCPSite(runner, args.host, args.port, backlog=1024).start()
+    await web.TCPSite(runner, args.host, args.port, backlog=BACKLOG).start()
     print(f"transformers engine serves {args.model_path} at http://{args.host}:{args.port}", flush=True)
     await ended.wait()
     failed = batcher.failed
@@ -152,10 +153,52 @@ async def serve(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def build(
+    args: argparse.Namespace, on_failure: Callable[[], None]
+) -> tuple[Batcher, Generator, web.Application]:
+    """Load the checkpoint and put the engine together; nothing runs yet."""
+    model = EngineModel(args.model_path, DTYPES[args.dtype], torch.device(args.device))
+    processor = load_processor(args.model_path)
+    tokenizer = processor.tokenizer
+    stops = StopChecker(tokenizer)
+    stepper = Stepper(
+        model,
+        stops,
+        max_running=args.max_running_requests,
+        max_prefill_tokens=args.max_prefill_tokens,
+        max_total_tokens=total_tokens(args, model),
+        deterministic=args.deterministic,
+    )
+    batcher = Batcher(stepper, args.weight_version, on_failure)
+    context = args.context_length or model.config.text_config.max_position_embeddings
+    eos = model.eos_ids | ({tokenizer.eos_token_id} - {None})
+    generator = Generator(
+        batcher,
+        tokenizer,
+        ImageLoader(processor.image_processor),
+        vision_tokens(model.config, tokenizer),
+        AnswerWriter(stops, model.vocab_size),
+        Limits(context_length=context, eos_ids=eos),
+        args.random_seed,
+    )
+    control = Control(batcher, generator, args.model_path, args.served_model_name or args.model_path)
+    info = ServerInfo(
+        tokenizer_path=args.model_path,
+        model_type=model.config.model_type,
+        architectures=list(model.config.architectures or ()),
+        context_length=context,
+        settings=vars(args),
+    )
+    keys = Keys(os.environ.get("SLIME_ENGINE_API_KEY"), os.environ.get("SLIME_ENGINE_ADMIN_KEY"))
+    return batcher, generator, EngineServer(batcher, generator, control, info, keys).application()
+
+
 def main() -> int:
     """Run the engine."""
     args = parse_args()
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:

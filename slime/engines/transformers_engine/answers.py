@@ -18,7 +18,9 @@ class AnswerWriter:
         self._stops = stops
         self._vocab_size = vocab_size
 
-    def answer(self, job: Job, *, weight_version: str, received: float, prompt_token_ids: bool) -> dict[str, Any]:
+    def answer(
+        self, job: Job, *, weight_version: str, received: float, prompt_token_ids: bool
+    ) -> dict[str, Any]:
         """Return the answer of a job as it stands; `received` is when the request came (`time.monotonic`)."""
         finished = job.finish_reason is not None
         meta: dict[str, Any] = {
@@ -40,7 +42,11 @@ class AnswerWriter:
         if finished:
             meta["e2e_latency"] = time.monotonic() - received
         meta["response_sent_to_client_ts"] = time.time()
-        answer = {"text": self._stops.response_text(job), "output_ids": list(job.output_ids), "meta_info": meta}
+        answer = {
+            "text": self._stops.response_text(job),
+            "output_ids": list(job.output_ids),
+            "meta_info": meta,
+        }
         if prompt_token_ids:
             answer["prompt_token_ids"] = job.prompt.ids.tolist()
         return answer
@@ -70,8 +76,10 @@ class AnswerWriter:
             fields["output_token_ids_logprobs"] = [self._row(row, job) for row in outputs]
         return fields
 
-    def _input_rows(self, rows: list[TopRow], count: int, job: Job) -> tuple[list[TopRow | None], list[TopRow]]:
-        """Split a prompt's rows into those of the reported positions, first null, and those after the last token."""
+    def _input_rows(
+        self, rows: list[TopRow], count: int, job: Job
+    ) -> tuple[list[TopRow | None], list[TopRow]]:
+        """Split a prompt's rows: those of reported positions, first null, and that after the last token."""
         before = max(count - 1, 0)
         listed: list[TopRow | None] = [None, *rows[:before]] if count else []
         return listed, rows[-1:] if job.scoring and len(rows) > before else []
@@ -87,7 +95,9 @@ class AnswerWriter:
         values, ids = zip(*row, strict=True)
         return self._triples(list(values), list(ids), job)
 
-    def _top(self, side: str, rows: list[TopRow | None] | list[TopRow], job: Job, flat: bool) -> dict[str, Any]:
+    def _top(
+        self, side: str, rows: list[TopRow | None] | list[TopRow], job: Job, flat: bool
+    ) -> dict[str, Any]:
         if not flat:
             return {f"{side}_top_logprobs": [self._row(row, job) for row in rows]}
         present = [row for row in rows if row is not None]

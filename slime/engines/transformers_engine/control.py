@@ -14,12 +14,12 @@ from slime.engines.transformers_engine.generation import Generator
 
 PauseMode = Literal["abort", "retract", "in_place"]
 PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
-NOT_FLUSHED = "Weights were updated, but the cache was not flushed, because requests are still running."
+NOT_FLUSHED = "Weights were updated, but the cache was not flushed, because requests are running."
 logger = logging.getLogger(__name__)
 
 
 class Control:
-    """Event-loop side of the control endpoints. While the gate is closed, new requests wait in front of it."""
+    """Event-loop side of the control endpoints. While its gate is closed, new requests wait before it."""
 
     def __init__(self, batcher: Batcher, generator: Generator, model_path: str, served_name: str):
         self.model_path = model_path
@@ -66,12 +66,18 @@ class Control:
         self._paused = False
         self._gate.set()
 
-    async def flush(self) -> bool:
-        """Tell whether the cache is free of running requests; there is nothing else to flush."""
+    async def flush(self, patience: float) -> bool:
+        """Tell whether no request uses the cache, after up to `patience` seconds; more is not to flush."""
+        if not self._paused:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience), self._idle:
+                    await self._idle.wait_for(lambda: self._in_flight == 0)
         running = await asyncio.wrap_future(self._batcher.call(self._batcher.running))
         return running == 0 and (self._paused or self._in_flight == 0)
 
-    async def update_weights(self, path: str, version: str | None, *, abort_all: bool, flush: bool) -> dict[str, Any]:
+    async def update_weights(
+        self, path: str, version: str | None, *, abort_all: bool, flush: bool
+    ) -> dict[str, Any]:
         """Replace the weights by a checkpoint's; on any failure the old ones stay. Return the answer's body.
 
         Unless generation is paused, requests in flight are finished (or aborted) first and new ones wait.

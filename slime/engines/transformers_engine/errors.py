@@ -37,13 +37,13 @@ class MalformedBody(RequestError):  # noqa: N818
 
 
 class InternalFault(RequestError):  # noqa: N818
-    """A request that crashes the real server's handler (an expanded pad, a missing file); the reason goes to the log."""
+    """A request that crashes the real server's handler (an expanded pad, a missing file)."""
 
     status = 500
 
     @property
     def body(self) -> Any:
-        """Plain text, without the reason, as the real server answers."""
+        """Plain text, as the real server answers; the reason goes to the log."""
         return "Internal Server Error"
 
 

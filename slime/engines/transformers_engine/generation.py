@@ -62,7 +62,7 @@ class Generator:
         self._pool.shutdown(cancel_futures=True)
 
     def abort(self, rid: str | None) -> None:
-        """Abort every live job (None), or those whose id begins with that of a live one, as the real server does."""
+        """Abort all live jobs (None), or a live one and those whose ids begin with its id."""
         if rid is None:
             self._batcher.cancel(list(self._live.values()))
         elif rid in self._live:
@@ -156,7 +156,10 @@ class Generator:
 
     async def _load_images(self, sources: tuple[str, ...]) -> list[Pixels]:
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._pool, self._images.load, source) for source in sources]
+        return [
+            self._images.recent(source) or await loop.run_in_executor(self._pool, self._images.load, source)
+            for source in sources
+        ]
 
     def _check_length(self, length: int, item: Item) -> None:
         context, wanted = self._limits.context_length, item.params.max_new_tokens or 0
@@ -166,15 +169,15 @@ class Generator:
             )
         if length + wanted > context:
             raise InvalidValue(
-                f"Requested token count exceeds the model's maximum context length of {context} tokens. You requested "
-                f"a total of {length + wanted} tokens: {length} tokens from the input messages and {wanted} tokens for "
-                "the completion. Please reduce the number of tokens in the input messages or the completion to fit "
-                "within the limit."
+                f"Requested token count exceeds the model's maximum context length of {context} tokens. "
+                f"You requested a total of {length + wanted} tokens: {length} tokens from the input messages "
+                f"and {wanted} tokens for the completion. Please reduce the number of tokens in the input "
+                "messages or the completion to fit within the limit."
             )
         if length >= context - RESERVED_TOKENS:
             raise InvalidValue(
-                f"Input length ({length} tokens) exceeds the maximum allowed length ({context - RESERVED_TOKENS} "
-                "tokens). Use a shorter input."
+                f"Input length ({length} tokens) exceeds the maximum allowed length "
+                f"({context - RESERVED_TOKENS} tokens). Use a shorter input."
             )
 
     def _build_job(self, item: Item, prompt: Prompt, waiter: "Waiter", stream: bool) -> Job:

@@ -1,24 +1,23 @@
-"""`image_data` strings to pixel tensors: decoding as the real server does it, then the checkpoint's PIL processor.
+"""`image_data` strings to pixel tensors: decoding as the real server does, then the checkpoint's processor.
 
-Pixels of recent pictures are kept by the hash of their encoded bytes (they do not depend on weights), because the
-samples of one prompt bring the same picture. Vision features are never kept between forwards.
+Pixels of recent pictures are kept (they do not depend on weights), because the samples of one prompt bring
+the same picture. Vision features are never kept between forwards.
 """
 
 import base64
 import binascii
 import hashlib
-import io
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from slime.engines.transformers_engine.errors import InternalFault, InvalidValue
+from slime.utils.processing_utils import BadImageError, decode_image
 
 PATH_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 CACHE_BYTES = 256 * 2**20
@@ -49,13 +48,16 @@ def read_image_bytes(source: str) -> bytes:
         )
     if source.startswith("data:"):
         return _decode_base64(source.partition(",")[2])
-    if source.startswith("file://"):
-        return _read_file(unquote(source.removeprefix("file://")))
-    if source.startswith("/"):
-        return _read_file(source)
-    if urlsplit(source).path.lower().endswith(PATH_SUFFIXES) and Path(source).exists():
-        return _read_file(source)
+    if names_file(source):
+        return _read_file(unquote(source.removeprefix("file://")) if source.startswith("file://") else source)
     return _decode_base64(source)
+
+
+def names_file(source: str) -> bool:
+    """Tell whether a string of `image_data` is a path: any that begins with `/`, so base64 of a JPEG, too."""
+    if source.startswith(("file://", "/")):
+        return True
+    return source.lower().endswith(PATH_SUFFIXES) and Path(source).exists()
 
 
 def _decode_base64(text: str) -> bytes:
@@ -77,40 +79,45 @@ class ImageLoader:
 
     def __init__(self, image_processor: Any, cache_bytes: int = CACHE_BYTES):
         self._processor = image_processor
-        self._cache: OrderedDict[bytes, Pixels] = OrderedDict()
+        self._cache: OrderedDict[bytes, Pixels] = OrderedDict()  # by the hash of the source string
         self._free_bytes = cache_bytes
         self._lock = threading.Lock()
+
+    def recent(self, source: str) -> Pixels | None:
+        """Return the pixels of a picture that was loaded lately, None otherwise; cheap."""
+        key = hashlib.sha256(source.encode()).digest()
+        with self._lock:
+            pixels = self._cache.get(key)
+            if pixels is not None:
+                self._cache.move_to_end(key)
+            return pixels
 
     def load(self, source: str) -> Pixels:
         """Return the pixels of one picture; raise InvalidValue where the bytes are no usable picture."""
         encoded = read_image_bytes(source)
-        digest = hashlib.sha256(encoded).digest()
-        with self._lock:
-            if digest in self._cache:
-                self._cache.move_to_end(digest)
-                return self._cache[digest]
-        pixels = self._process(encoded, digest)
-        with self._lock:
-            self._keep(pixels)
+        pixels = self._process(encoded, hashlib.sha256(encoded).digest())
+        if not names_file(source):
+            with self._lock:
+                self._keep(hashlib.sha256(source.encode()).digest(), pixels)
         return pixels
 
     def _process(self, encoded: bytes, digest: bytes) -> Pixels:
         try:
-            image = Image.open(io.BytesIO(encoded))
-            image.load()
-        except (UnidentifiedImageError, OSError) as error:
+            image = decode_image(encoded)
+        except BadImageError as error:
             raise InvalidValue(f"Could not decode image: {error}") from error
         try:
+            # Transparency is dropped, not blended, as the real server's processor does.
             batch = self._processor(images=[image.convert("RGB")], return_tensors="pt")
         except ValueError as error:
             raise InvalidValue(str(error)) from error
         time, height, width = batch["image_grid_thw"][0].tolist()
         return Pixels(digest, batch["pixel_values"], (time, height, width))
 
-    def _keep(self, pixels: Pixels) -> None:
-        if pixels.digest in self._cache:
+    def _keep(self, key: bytes, pixels: Pixels) -> None:
+        if key in self._cache:
             return
-        self._cache[pixels.digest] = pixels
+        self._cache[key] = pixels
         self._free_bytes -= pixels.values.nbytes
         while self._free_bytes < 0 and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)

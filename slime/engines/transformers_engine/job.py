@@ -1,4 +1,7 @@
-"""One response to be made: what was asked, how far it is, and how it ended. Passed between the HTTP and model threads."""
+"""One response to be made: what was asked, how far it is, and how it ended.
+
+A job is handed from the HTTP side to the model thread and back.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -81,7 +84,9 @@ class Job:
 
     def snapshot(self) -> "Job":
         """Return a copy whose results stand still while this one goes on."""
-        output = PositionLogprobs(list(self.output.values), list(self.output.top), list(self.output.token_ids))
+        output = PositionLogprobs(
+            list(self.output.values), list(self.output.top), list(self.output.token_ids)
+        )
         return replace(self, output_ids=list(self.output_ids), output=output, versions=list(self.versions))
 
     def use_version(self, version: str) -> None:

@@ -10,7 +10,7 @@ LENGTH_STEP = 64
 
 
 class KVCache:
-    """Per layer `[rows, kv_heads, length, head_dim]`; rows 0..B-1 are the running ones, in the batch's order."""
+    """Per layer `[rows, kv_heads, length, head_dim]`; rows 0..B-1 run, in the batch's order."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         self._shape = (kv_heads, head_dim)
@@ -36,13 +36,15 @@ class KVCache:
         heads, dim = self._shape
         for tensors in (self.keys, self.values):
             old = list(tensors)
-            tensors[:] = [torch.zeros(new_rows, heads, new_length, dim, **self._options) for _ in range(self._layers)]
+            tensors[:] = [
+                torch.zeros(new_rows, heads, new_length, dim, **self._options) for _ in range(self._layers)
+            ]
             for source, target in zip(old, tensors, strict=False):
                 target[: self.rows, :, : self.length] = source
         self.rows, self.length = new_rows, new_length
 
     def write(self, first_row: int, keys: list[Tensor], values: list[Tensor], sources: Tensor) -> None:
-        """Store a prefill: row `first_row + i` gets row `sources[i]` of each layer's `[U, kv_heads, T, head_dim]`."""
+        """Store a prefill: row `first_row + i` gets row `sources[i]` of `[U, kv_heads, T, head_dim]`."""
         count, length = len(sources), keys[0].shape[2]
         for target, source in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             target[first_row : first_row + count, :, :length] = source[sources]
@@ -60,7 +62,9 @@ class PrefillKV:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Take a layer's new states; attention sees just them."""
         assert layer_idx == len(self.keys), (layer_idx, len(self.keys))
         self.keys.append(key)
@@ -77,8 +81,10 @@ class DecodeKV:
         self._places = places
         self._longest = longest
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Store `[B, kv_heads, 1, head_dim]` at each row's place; return `[B, kv_heads, longest, head_dim]` views."""
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store `[B, kv_heads, 1, head_dim]` at each row's place; return views of the rows' whole past."""
         past = []
         for tensor, new in ((self._cache.keys[layer_idx], key), (self._cache.values[layer_idx], value)):
             tensor[self._rows, :, self._places] = new[:, :, 0]

@@ -1,6 +1,7 @@
-"""The Qwen3-VL checkpoint and its two forwards: prefill over whole prompts, decode of one token per running row.
+"""The Qwen3-VL checkpoint and its two forwards: prefill of whole prompts, decode of one token per row.
 
-It drives transformers' own layers, so its numbers are transformers' numbers; scheduling and sampling are elsewhere.
+It drives transformers' own layers, so its numbers are transformers' numbers; scheduling and sampling are
+elsewhere.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -22,6 +23,7 @@ from slime.engines.transformers_engine.prompt import Prompt
 from slime.engines.transformers_engine.sampling import SamplingBatch, sample
 
 ATTENTION = "slime_batched"
+EMBEDDING = "model.language_model.embed_tokens.weight"
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 
 
@@ -44,7 +46,7 @@ class ForwardCounts:
 
 @dataclass
 class Prefill:
-    """Result of a prefill: final hidden states `[U, T, H]` and per layer keys and values `[U, kv_heads, T, dim]`."""
+    """Final hidden states `[U, T, H]` and per layer keys and values `[U, kv_heads, T, dim]`."""
 
     hidden: Tensor
     kv: PrefillKV
@@ -60,7 +62,7 @@ def batched_attention(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attend: causally over a prefill (no mask), or one query per row over a padded past (mask `[B, 1, 1, S]`)."""
+    """Attend: causally over a prefill (no mask), or one query per row over a padded past `[B, 1, 1, S]`."""
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
     if attention_mask is None:
@@ -113,7 +115,7 @@ class EngineModel:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Prompt], extras: Sequence[Sequence[int]]) -> Prefill:
-        """Forward prompts, each followed by the ids in its `extras` (what it had already generated), right-padded.
+        """Forward prompts, each followed by its `extras` (what it had already generated), right-padded.
 
         Causal attention keeps padding from reaching a real token, so no mask is needed.
         """
@@ -142,8 +144,13 @@ class EngineModel:
         return Prefill(hidden, kv)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, positions: Tensor, lengths: Tensor, longest: int, cache: KVCache) -> Tensor:
-        """Forward one token `[B]` per row, whose past is `lengths` `[B]` long (at most `longest`); return `[B, H]`."""
+    def decode(
+        self, tokens: Tensor, positions: Tensor, lengths: Tensor, longest: int, cache: KVCache
+    ) -> Tensor:
+        """Forward a token per row `[B]`, whose past is `lengths` `[B]` long; return final states `[B, H]`.
+
+        `longest` is the greatest of the lengths.
+        """
         hidden = self.text.embed_tokens(tokens[:, None])
         places = torch.arange(longest + 1, device=self.device)
         mask = torch.zeros(len(tokens), 1, 1, longest + 1, dtype=self.dtype, device=self.device)
@@ -165,26 +172,28 @@ class EngineModel:
         return sample(self.logits(hidden), batch)
 
     def read_weights(self, path: str) -> dict[str, Tensor]:
-        """Read a checkpoint's weights into host memory, checked against this model; any thread may call it.
+        """Read a checkpoint's weights into host memory, checked against this model; for any thread.
 
         Raises ValueError, OSError or SafetensorError where a file is missing, broken or of another model.
         """
         files = sorted(Path(path).glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{path} has no *.safetensors file; give the folder of a checkpoint of this model.")
+            raise ValueError(
+                f"{path} has no *.safetensors file; give the folder of a checkpoint of this model."
+            )
         own = self.net.state_dict()
         weights: dict[str, Tensor] = {}
         for file in files:
             weights |= load_file(file)
-        if self.config.tie_word_embeddings:
-            weights.setdefault("lm_head.weight", weights.get("model.language_model.embed_tokens.weight"))
+        if self.config.tie_word_embeddings and EMBEDDING in weights:
+            weights.setdefault("lm_head.weight", weights[EMBEDDING])
         if weights.keys() != own.keys():
             weights = self._load(path).state_dict()
         wrong = [name for name, value in own.items() if weights[name].shape != value.shape]
         if wrong:
             raise ValueError(
                 f"{path}: {wrong[0]} has shape {tuple(weights[wrong[0]].shape)}, the served model has "
-                f"{tuple(own[wrong[0]].shape)} ({len(wrong)} such tensors); give a checkpoint of the same model."
+                f"{tuple(own[wrong[0]].shape)} ({len(wrong)} such tensors); give a checkpoint of that model."
             )
         return weights
 
@@ -195,9 +204,10 @@ class EngineModel:
             value.copy_(weights[name])
 
     def _load(self, path: str) -> Any:
-        net, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, config=self.config, dtype=self.dtype, output_loading_info=True
         )
+        net, info = loaded
         wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
         if wrong:
             shown = "; ".join(f"{key}: {', '.join(names[:3])} ({len(names)})" for key, names in wrong.items())
@@ -205,7 +215,7 @@ class EngineModel:
         return net.eval()
 
     def _vision(self, images: Sequence[Pixels]) -> tuple[Tensor, list[Tensor]]:
-        """Run the vision tower once per distinct picture; return features `[M, H]` and deepstack taps, in order."""
+        """Run the vision tower once per distinct picture; return features `[M, H]` and taps, in order."""
         distinct: dict[bytes, int] = {}
         unique: list[Pixels] = []
         for image in images:

@@ -1,8 +1,9 @@
-"""A request's prompt as the model takes it: image pads expanded, mRoPE positions, and the ids as they are reported."""
+"""A request's prompt as the model takes it: pads expanded, mRoPE positions, and the ids as reported."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,19 +50,21 @@ class Prompt:
         """T, pictures included."""
         return len(self.ids)
 
-    @property
+    @cached_property
     def image_tokens(self) -> int:
         """How many of the T tokens belong to pictures."""
         return int(self.image_mask.sum())
 
-    @property
+    @cached_property
     def key(self) -> bytes:
         """Equal for prompts whose forward is the same."""
-        return self.ids.tobytes() + b"".join(image.digest for image in self.images) + bytes(self.image_mask)
+        return (
+            self.ids.tobytes() + self.image_mask.tobytes() + b"".join(image.digest for image in self.images)
+        )
 
 
 def reported_ids(ids: Ints, vocab_size: int) -> list[int]:
-    """Return ids as answers carry them: the last of the vocabulary, and image places, are shown as 0."""
+    """Return ids as answers carry them: the vocabulary's last (so image places, too) is shown as 0."""
     return np.where(ids < vocab_size - 1, ids, 0).tolist()
 
 
@@ -79,8 +82,9 @@ def tokenize(text: str, image_count: int, tokenizer: Any, vision: VisionTokens) 
 def build_prompt(ids: Sequence[int], images: Sequence[Pixels], vision: VisionTokens) -> Prompt:
     """Expand the pads and lay out positions; raise where the ids and the pictures cannot be served.
 
-    One pad stands for one picture. Without pictures a pad is an ordinary token; so is a pad at the very start. More
-    pads than pictures crash the real server's handler (500); surplus pictures are dropped, as there.
+    One pad stands for one picture. Without pictures a pad is an ordinary token; so is a pad at the very
+    start. More pads than pictures crash the real server's handler (500); surplus pictures are dropped, as
+    there.
     """
     wire = np.asarray(ids, dtype=np.int64)
     outside = wire[(wire < 0) | (wire >= vision.vocab_size)]
@@ -92,8 +96,8 @@ def build_prompt(ids: Sequence[int], images: Sequence[Pixels], vision: VisionTok
     pads = [int(place) for place in np.flatnonzero(wire == vision.image_pad) if place > 0] if images else []
     if len(pads) > len(images):
         raise InternalFault(
-            f"{len(pads)} image pads for {len(images)} pictures: input_ids must hold one <|image_pad|> per picture, "
-            "not expanded ones, and none in a response."
+            f"{len(pads)} image pads for {len(images)} pictures: input_ids must hold one <|image_pad|> per "
+            "picture, not expanded ones, and none in a response."
         )
     if images and vision.video_pad in wire:
         raise InternalFault("input_ids holds a <|video_pad|>, and videos are not served.")

@@ -9,7 +9,11 @@ from uuid import uuid4
 
 from slime.engines.transformers_engine.errors import InvalidValue, MalformedBody
 from slime.engines.transformers_engine.job import LogprobOptions
-from slime.engines.transformers_engine.sampling_params import SamplingParams, build_sampling_params, check_types
+from slime.engines.transformers_engine.sampling_params import (
+    SamplingParams,
+    build_sampling_params,
+    check_types,
+)
 from slime.engines.transformers_engine.schema import (
     expect_bool,
     expect_int,
@@ -21,8 +25,8 @@ from slime.engines.transformers_engine.schema import (
 )
 
 MEDIA_FIELDS = (
-    "url", "detail", "max_dynamic_patch", "content_hash", "min_pixels", "max_pixels", "total_max_pixels", "fps",
-    "num_frames", "min_frames", "max_frames", "max_tokens_per_frame", "max_image_tokens", "use_audio",
+    "url", "detail", "max_dynamic_patch", "content_hash", "min_pixels", "max_pixels", "total_max_pixels",
+    "fps", "num_frames", "min_frames", "max_frames", "max_tokens_per_frame", "max_image_tokens", "use_audio",
     "image_grid_thw",
 )  # fmt: skip
 UNSUPPORTED = (
@@ -66,24 +70,29 @@ def parse_generate(body: Any, vocab_size: int) -> GenerateBody:
 
 def _check_shape(body: Any) -> None:
     if not isinstance(body, dict):
-        raise MalformedBody(f"1 validation error:\n  body: Input should be a dictionary, got {str(body)[:80]!r}")
+        raise MalformedBody(
+            f"1 validation error:\n  body: Input should be a dictionary, got {str(body)[:80]!r}"
+        )
     ids = body.get("input_ids")
     if ids is None:
         return
     if not isinstance(ids, list):
-        raise MalformedBody(f"1 validation error:\n  body.input_ids: must be a list, got {type(ids).__name__}")
+        raise MalformedBody(
+            f"1 validation error:\n  body.input_ids: must be a list, got {type(ids).__name__}"
+        )
     for row in ids if ids and isinstance(ids[0], list) else [ids]:
         if not isinstance(row, list):
             raise MalformedBody("1 validation error:\n  body.input_ids: lists and integers are mixed")
         wrong = next((item for item in row if not is_int(item)), None)
         if wrong is not None:
             raise MalformedBody(
-                f"1 validation error:\n  body.input_ids: elements must be int or list; got {type(wrong).__name__}"
+                "1 validation error:\n  body.input_ids: elements must be int or list; "
+                f"got {type(wrong).__name__}"
             )
 
 
 def _check_contract(body: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any]:
-    """Check the types of known keys; unknown top-level keys are ignored. Return the checked sampling parameters."""
+    """Check the types of known keys, ignoring others; return the checked sampling parameters."""
     checks = {
         "rid": expect_str,
         "text": expect_str,
@@ -95,7 +104,11 @@ def _check_contract(body: dict[str, Any]) -> list[dict[str, Any]] | dict[str, An
     for key, check in checks.items():
         if body.get(key) is not None:
             one_or_list(check, body[key])
-    flat = ("return_flat_raw_top_logprobs", "return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs_b64")
+    flat = (
+        "return_flat_raw_top_logprobs",
+        "return_flat_raw_output_top_logprobs",
+        "return_flat_raw_top_logprobs_b64",
+    )
     for key in ("stream", "return_text_in_logprobs", *flat):
         if body.get(key) is not None:
             expect_bool(body[key])
@@ -118,15 +131,22 @@ def _check_media(value: Any) -> None:
         raise invalid_type(value, "a string, a map or a sequence")
 
 
-def _spread(body: dict[str, Any], params: list[dict[str, Any]] | dict[str, Any], vocab_size: int) -> GenerateBody:
+def _spread(
+    body: dict[str, Any], params: list[dict[str, Any]] | dict[str, Any], vocab_size: int
+) -> GenerateBody:
     for key in UNSUPPORTED:
         if body.get(key):
-            raise InvalidValue(f"{key} is not supported by the transformers engine; drop it or use an SGLang server.")
+            raise InvalidValue(
+                f"{key} is not supported by the transformers engine; drop it or use an SGLang server."
+            )
     text, ids = body.get("text"), body.get("input_ids")
     if text is None and ids is None:
         raise InvalidValue("Either text, input_ids or input_embeds should be provided.")
-    is_list = isinstance(text, list) if text is not None else bool(ids) and isinstance(ids[0], list)
-    count = len(text if text is not None else ids) if is_list else 1
+    prompts: Any = text if text is not None else ids
+    is_list = isinstance(prompts, list) and (
+        prompts is text or (prompts != [] and isinstance(prompts[0], list))
+    )
+    count = len(prompts) if is_list else 1
     if count == 0:
         raise InvalidValue("text is an empty list: send at least one prompt.")
     per_prompt = _per_prompt(params, count, "sampling_params")
@@ -177,17 +197,21 @@ def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
 
 
 def _images(data: Any, count: int, *, single: bool) -> list[tuple[str, ...]]:
-    """Return the pictures of each prompt. A single request takes a flat list; a batch one entry per prompt."""
+    """Return each prompt's pictures: a single request has a flat list, a batch one entry per prompt."""
     if single:
         flat = data if isinstance(data, list) else [data]
         if any(isinstance(item, list) for item in flat):
-            raise InvalidValue("image_data of a single request must be a flat list of pictures, got a nested one.")
+            raise InvalidValue(
+                "image_data of a single request must be a flat list of pictures, got a nested one."
+            )
         return [_sources(flat)]
     if data is None:
         return [()] * count
     per_prompt = data if isinstance(data, list) else [data] * count
     if len(per_prompt) != count:
-        raise InvalidValue(f"The length of image_data ({len(per_prompt)}) must equal the batch size ({count}).")
+        raise InvalidValue(
+            f"The length of image_data ({len(per_prompt)}) must equal the batch size ({count})."
+        )
     return [_sources(item if isinstance(item, list) else [item]) for item in per_prompt]
 
 
@@ -206,13 +230,15 @@ def _logprob_options(body: dict[str, Any], count: int, n: int, vocab_size: int) 
     top = column("top_logprobs_num", 0)
     token_ids = _token_ids(body.get("token_ids_logprob"), count, vocab_size)
     flat_input, flat_output, b64 = (
-        bool(body.get(f"return_flat_raw_{key}")) for key in ("top_logprobs", "output_top_logprobs", "top_logprobs_b64")
+        bool(body.get(f"return_flat_raw_{key}"))
+        for key in ("top_logprobs", "output_top_logprobs", "top_logprobs_b64")
     )
     if flat_output and body.get("stream"):
         raise InvalidValue("return_flat_raw_output_top_logprobs cannot be used with stream.")
     if b64 and not (flat_input or flat_output):
         raise InvalidValue(
-            "return_flat_raw_top_logprobs_b64 needs return_flat_raw_top_logprobs or return_flat_raw_output_top_logprobs."
+            "return_flat_raw_top_logprobs_b64 needs return_flat_raw_top_logprobs or "
+            "return_flat_raw_output_top_logprobs."
         )
     for index in range(count):
         if wanted[index] and start[index] < -1:
@@ -249,7 +275,9 @@ def _token_ids(value: Any, count: int, vocab_size: int) -> list[tuple[int, ...]]
             raise InvalidValue("token_ids_logprob must be a flat list of integers.")
         outside = [item for item in row if not 0 <= item < vocab_size]
         if outside:
-            raise InvalidValue(f"token_ids_logprob holds {outside[0]}, outside the vocabulary [0, {vocab_size}).")
+            raise InvalidValue(
+                f"token_ids_logprob holds {outside[0]}, outside the vocabulary [0, {vocab_size})."
+            )
     return [tuple(row) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""The running batch: a dense table of rows (job, counters, parameters) beside the KV cache, in the same order."""
+"""The running batch: a dense table of rows (job, counters, parameters) in the order of the KV cache."""
 
 from collections.abc import Sequence
 

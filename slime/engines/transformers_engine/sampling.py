@@ -73,7 +73,8 @@ def _shift_right(state: Tensor, bits: int) -> Tensor:
 def sample(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     """Return tokens `[B]` and log-probs `[B, V]` of float32 `logits` `[B, V]`, which are changed in place.
 
-    The log-probs are those after bias and penalties and divided by the temperature, before top-k, top-p and min-p.
+    The log-probs are those after bias and penalties and divided by the temperature, before top-k, top-p and
+    min-p.
     """
     if batch.penalties is not None:
         _penalise(logits, batch.penalties)

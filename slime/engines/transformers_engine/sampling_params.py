@@ -17,11 +17,21 @@ from slime.engines.transformers_engine.schema import (
 
 KNOWN_FIELDS = (
     "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p",
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema", "regex",
-    "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
-    "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width", "watermark", "choice",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema",
+    "regex", "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens",
+    "no_stop_trim", "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width",
+    "watermark", "choice",
 )  # fmt: skip
-UNSUPPORTED = ("stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "beam_width", "watermark", "choice")
+UNSUPPORTED = (
+    "stop_regex",
+    "json_schema",
+    "regex",
+    "ebnf",
+    "structural_tag",
+    "beam_width",
+    "watermark",
+    "choice",
+)
 GREEDY_BELOW = 1e-6
 MAX_STOP_STRINGS = 32
 SEED_RANGE = 2**63
@@ -29,7 +39,7 @@ SEED_RANGE = 2**63
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one response is sampled. `max_new_tokens` None means up to the context length; `top_k` 0 means all."""
+    """How one response is sampled. `max_new_tokens` None is up to the context length; `top_k` 0 is all."""
 
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
@@ -65,7 +75,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Wave:
-    """A request's place in a deterministic rollout: which wave, how many belong to it, and this one's rank."""
+    """A request's place in a deterministic rollout: its wave, how many that has, and its rank."""
 
     name: str
     size: int
@@ -73,7 +83,7 @@ class Wave:
 
 
 def check_types(raw: Any) -> dict[str, Any]:
-    """Return the keys of `sampling_params` that are set (not null); raise ContractViolation on a key or type."""
+    """Return the keys of `sampling_params` that are set; raise ContractViolation on a key or type."""
     params = expect_map(raw)
     checks = {
         **dict.fromkeys(("max_new_tokens", "top_k", "min_new_tokens", "n", "stream_interval"), expect_int),
@@ -105,9 +115,12 @@ def build_sampling_params(checked: dict[str, Any], vocab_size: int) -> SamplingP
     for key in UNSUPPORTED:
         if checked.get(key):
             raise InvalidValue(
-                f"sampling_params.{key} is not supported by the transformers engine; drop it or use an SGLang server."
+                f"sampling_params.{key} is not supported by the transformers engine; drop it or use an "
+                "SGLang server."
             )
-    known = {key: value for key, value in checked.items() if key not in UNSUPPORTED and key != "custom_params"}
+    known = {
+        key: value for key, value in checked.items() if key not in UNSUPPORTED and key != "custom_params"
+    }
     stop = known.get("stop", ())
     known["stop"] = tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s)
     known["stop_token_ids"] = tuple(dict.fromkeys(known.get("stop_token_ids", ())))
@@ -168,7 +181,7 @@ def _wave(custom: dict[str, Any]) -> Wave | None:
     name, size, order = custom["wave"], custom.get("wave_size"), custom.get("order")
     if not isinstance(name, str) or not isinstance(size, int) or not isinstance(order, int) or size < 1:
         raise InvalidValue(
-            "custom_params.wave (a string) needs wave_size (an integer >= 1) and order (an integer) beside it, "
-            f"got wave={name!r}, wave_size={size!r}, order={order!r}."
+            "custom_params.wave (a string) needs wave_size (an integer >= 1) and order (an integer) beside "
+            f"it, got wave={name!r}, wave_size={size!r}, order={order!r}."
         )
     return Wave(name, size, order)

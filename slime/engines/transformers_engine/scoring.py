@@ -27,8 +27,8 @@ class Span:
 def wanted_span(job: Job, row: int) -> Span:
     """Return the positions of prefill row `row` that predict the job's reported prompt tokens.
 
-    The first reported token has no log-prob. A scoring job that asks for alternatives also gets those after its last
-    token, as the real server gives them.
+    The first reported token has no log-prob. A scoring job that asks for alternatives also gets those after
+    its last token, as the real server gives them.
     """
     length = job.prompt.length
     begin = min(job.logprobs.first_input(length), length - 1)

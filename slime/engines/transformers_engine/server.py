@@ -1,6 +1,5 @@
-"""Routes of the engine: bodies in, answers out, keys checked. What happens behind them is in control and generation."""
+"""Routes of the engine: bodies in, answers out, keys checked. Control and generation do the work."""
 
-import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -47,7 +46,9 @@ def json_response(body: Any, status: int = 200) -> web.Response:
 class EngineServer:
     """The HTTP application."""
 
-    def __init__(self, batcher: Batcher, generator: Generator, control: Control, info: ServerInfo, keys: Keys):
+    def __init__(
+        self, batcher: Batcher, generator: Generator, control: Control, info: ServerInfo, keys: Keys
+    ):
         self._batcher = batcher
         self._generator = generator
         self._control = control
@@ -98,7 +99,7 @@ class EngineServer:
         try:
             return await handler(request)
         except RequestError as error:
-            if error.status >= 500:  # noqa: PLR2004
+            if error.status >= 500:
                 request.app.logger.error("%s %s: %s", request.method, request.path, error)
             return json_response(error.body, error.status)
         except web.HTTPNotFound:
@@ -137,7 +138,12 @@ class EngineServer:
             async for answer in answers:
                 await response.write(b"data: " + orjson.dumps(answer) + b"\n\n")
         except RequestError as error:
-            shown = {"message": str(error), "type": "invalid_request_error", "code": error.status, "retryable": False}
+            shown = {
+                "message": str(error),
+                "type": "invalid_request_error",
+                "code": error.status,
+                "retryable": False,
+            }
             await response.write(b"data: " + orjson.dumps({"error": shown}) + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
@@ -173,17 +179,17 @@ class EngineServer:
 
     async def flush(self, request: web.Request) -> web.Response:
         """Confirm that no request uses the cache, waiting up to `timeout` seconds for it."""
-        deadline = time.monotonic() + float(request.query.get("timeout", "0"))
-        while not (flushed := await self._control.flush()) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        return json_response(FLUSHED if flushed else FLUSHED.replace("flushed", "not flushed", 1), 200 if flushed else 400)
+        flushed = await self._control.flush(float(request.query.get("timeout", "0")))
+        return json_response(
+            FLUSHED if flushed else FLUSHED.replace("flushed", "not flushed", 1), 200 if flushed else 400
+        )
 
     async def pause(self, request: web.Request) -> web.Response:
         """Hold new requests and abort, retract or freeze the running ones."""
         mode = (await _json_object(request)).get("mode", "abort")
         if mode not in PAUSE_MODES:
             raise MalformedBody(
-                f"1 validation error:\n  body.mode: Input should be 'abort', 'retract' or 'in_place', got {mode!r}"
+                f"1 validation error:\n  body.mode: Input should be one of {PAUSE_MODES}, got {mode!r}"
             )
         await self._control.pause(mode)
         return json_response({"message": "Generation paused successfully.", "status": "ok"})
@@ -209,7 +215,9 @@ class EngineServer:
         body = await _json_object(request)
         path, version = _required_str(body, "model_path"), body.get("weight_version")
         if version is not None and not isinstance(version, str):
-            raise MalformedBody(f"1 validation error:\n  body.weight_version: must be a string, got {version!r}")
+            raise MalformedBody(
+                f"1 validation error:\n  body.weight_version: must be a string, got {version!r}"
+            )
         answer = await self._control.update_weights(
             path, version, abort_all=bool(body.get("abort_all_requests")), flush=body.get("flush_cache", True)
         )
@@ -257,8 +265,8 @@ class EngineServer:
     async def unsupported(self, request: web.Request) -> web.Response:
         """Refuse what only a real SGLang server can do."""
         return _refused(
-            f"{request.path} is not supported by the transformers engine; update weights by /update_weights_from_disk, "
-            "or use an SGLang server."
+            f"{request.path} is not supported by the transformers engine; update weights by "
+            "/update_weights_from_disk, or use an SGLang server."
         )
 
 
@@ -276,7 +284,9 @@ async def _json(request: web.Request) -> Any:
 async def _json_object(request: web.Request) -> dict[str, Any]:
     body = await _json(request)
     if not isinstance(body, dict):
-        raise MalformedBody(f"1 validation error:\n  body: Input should be a dictionary, got {str(body)[:80]!r}")
+        raise MalformedBody(
+            f"1 validation error:\n  body: Input should be a dictionary, got {str(body)[:80]!r}"
+        )
     return body
 
 

@@ -50,7 +50,8 @@ class StopChecker:
         return text
 
     def _matched_string(self, job: Job) -> str | None:
-        # A token holds at least one byte, so this many tokens cover a stop string that ends in the newest one.
+        # A token holds at least one byte, so this many tokens cover a stop string that ends in the newest
+        # one.
         window = max(len(stop.encode()) for stop in job.params.stop) + 1
         tail = self.decode(job.output_ids[-window:])
         return next((stop for stop in job.params.stop if stop in tail), None)

@@ -17,27 +17,39 @@ class WaitingQueue(Protocol):
 
     def add(self, job: Job) -> None:
         """Take in a new job."""
+        ...
 
     def put_back(self, jobs: Iterable[Job]) -> None:
         """Take back jobs that were running, in their order, before all others."""
+        ...
 
     def take_scoring(self, max_tokens: int) -> list[Job]:
         """Hand out scoring jobs that fit one prefill of `max_tokens`; at least one if any waits."""
+        ...
 
     def take_generating(self, free: int, running: int) -> list[Job]:
         """Hand out up to `free` generating jobs to join the `running` ones."""
+        ...
 
     def drop(self, jobs: Iterable[Job]) -> None:
         """Forget jobs that were cancelled."""
+        ...
 
     def jobs(self) -> list[Job]:
         """All waiting jobs."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of waiting jobs; any thread may ask."""
+        ...
 
     def runnable(self, running: int) -> bool:
         """Tell whether a step could take a job now."""
+        ...
 
     def expire(self) -> list[Job]:
         """Drop and return jobs that wait for others in vain, with their error set."""
+        ...
 
 
 class ArrivalQueue:
@@ -56,7 +68,7 @@ class ArrivalQueue:
         self._generating.extendleft(reversed(list(jobs)))
 
     def take_scoring(self, max_tokens: int) -> list[Job]:
-        """Hand out the oldest scoring job and the next ones while the padded batch stays within `max_tokens`."""
+        """Hand out the oldest scoring jobs whose padded batch stays within `max_tokens`."""
         taken: list[Job] = []
         longest = 0
         while self._scoring:
@@ -80,6 +92,9 @@ class ArrivalQueue:
         """All waiting jobs."""
         return [*self._scoring, *self._generating]
 
+    def __len__(self) -> int:
+        return len(self._scoring) + len(self._generating)
+
     def runnable(self, running: int) -> bool:
         """Any waiting job can be taken."""
         return bool(self._scoring or self._generating)
@@ -90,7 +105,7 @@ class ArrivalQueue:
 
 
 class WaveQueue:
-    """One wave at a time, complete and in its order; every other job alone. What a batch holds never hangs on timing."""
+    """One wave at a time, complete and in its order; every other job alone: timing decides no batch."""
 
     def __init__(self, patience: float = WAVE_PATIENCE) -> None:
         self._alone: deque[Job] = deque()
@@ -126,7 +141,7 @@ class WaveQueue:
         return []
 
     def take_generating(self, free: int, running: int) -> list[Job]:
-        """Hand out the current wave's next jobs; begin the next wave, or a lone job, only when nothing runs."""
+        """Hand out the current wave's next jobs; the next wave, or a lone job, begins when nothing runs."""
         if not self._current and not running:
             if self._complete:
                 self._current.extend(self._complete.popleft())
@@ -153,6 +168,10 @@ class WaveQueue:
             waiting.extend(wave)
         return waiting
 
+    def __len__(self) -> int:
+        waves = [*list(self._complete), *list(self._gathering.values())]
+        return len(self._alone) + len(self._current) + sum(map(len, waves))
+
     def runnable(self, running: int) -> bool:
         """Incomplete waves are not runnable."""
         if any(job.scoring for job in self._alone) or self._current:
@@ -170,8 +189,8 @@ class WaveQueue:
             for job in members:
                 assert job.params.wave is not None
                 job.error = InvalidValue(
-                    f"wave {name!r}: {len(members)} of {job.params.wave.size} requests arrived, then none for "
-                    f"{self._patience:g} s. Keep at least wave_size requests in flight, or send smaller waves."
+                    f"wave {name!r}: {len(members)} of {job.params.wave.size} requests arrived, then none "
+                    f"for {self._patience:g} s. Keep wave_size requests in flight, or send smaller waves."
                 )
             expired += members
         return expired
