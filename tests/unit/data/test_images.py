@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -203,9 +203,9 @@ class _Pictures(BaseHTTPRequestHandler):
     """Serves what the path asks for."""
 
     picture = b""
-    calls: list[str] = []
+    calls: ClassVar[list[str]] = []
 
-    def do_GET(self) -> None:  # noqa: N802  the name that http.server wants
+    def do_GET(self) -> None:
         type(self).calls.append(self.path)
         if self.path == "/flaky.png" and self.calls.count(self.path) < 3:
             self.send_error(503)
@@ -225,7 +225,7 @@ class _Pictures(BaseHTTPRequestHandler):
         else:
             self.wfile.write(self.picture)
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
 
