@@ -47,9 +47,9 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     """Wire form: prompt ids with one image pad per image, then the sampled response ids, verbatim."""
     multimodal_inputs: dict[str, Any] | None = None
-    """`{"images": [PIL.Image, …]}`, already resized; shared by the samples of a group; stays in the rollout process."""
+    """`{"images": [PIL.Image, …]}`, resized, shared by the samples of a group; stays in the rollout process."""
     multimodal_train_inputs: dict[str, Any] | None = None
-    """`{"image_hashes": [str, …], "image_grid_thw": [(t, h, w), …]}`: what the trainer needs besides the bytes."""
+    """`{"image_hashes": [str, …], "image_grid_thw": [(t, h, w), …]}`: what the trainer needs, bytes apart."""
     response: str = ""
     response_length: int = 0
     """R, the number of sampled ids at the end of `tokens`, end-of-sequence included."""
@@ -72,7 +72,7 @@ class Sample:
     status: SampleStatus = SampleStatus.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)
     weight_versions: list[str] = field(default_factory=list)
-    """Versions of the student's weights that sampled the response, in order; more than one: a mixed sample."""
+    """Versions of the student's weights that sampled the response, in order; several: a mixed sample."""
 
     def get_reward_value(self, args: RewardArgs) -> Any:
         """Return the reward, or its entry `args.reward_key` where that flag is set.
@@ -84,8 +84,8 @@ class Sample:
             return self.reward
         if not isinstance(self.reward, dict) or args.reward_key not in self.reward:
             raise ValueError(
-                f"--reward-key {args.reward_key} is set and sample {self.index} has the reward {self.reward!r:.200}; "
-                "the reward function must return a dict with that key, or the flag must go."
+                f"--reward-key {args.reward_key} is set and sample {self.index} has the reward "
+                f"{self.reward!r:.200}; the reward function must return a dict with that key, or the flag must go."
             )
         return self.reward[args.reward_key]
 
