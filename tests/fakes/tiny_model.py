@@ -15,6 +15,8 @@ from slime.tiny.model import build_config, save_processor
 from slime.tiny.tokenizer import build_tokenizer
 from slime.utils.types import Sample, SampleStatus
 
+VOCABULARY = 131
+"""No other size in the model is this number, so a tensor of logits gives itself away."""
 SIDES = ((64, 64), (96, 64), (64, 96))
 """Heights and widths of the pictures: multiples of 32, so no processor resizes them."""
 
@@ -24,6 +26,7 @@ def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path
     config = build_config(build_tokenizer())
     config.tie_word_embeddings = tied
     config.text_config.tie_word_embeddings = tied
+    config.text_config.vocab_size = VOCABULARY
     torch.manual_seed(seed)
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
     save_processor(folder)
@@ -63,7 +66,10 @@ def make_picture(seed: int) -> tuple[str, bytes, tuple[int, int, int]]:
 def make_samples(
     count: int, *, with_pictures: Sequence[bool] = (True, False), group_size: int = 2, seed: int = 0
 ) -> tuple[list[Sample], dict[str, bytes]]:
-    """Return scored samples of mixed lengths, and their pictures by hash; `with_pictures` repeats over the groups."""
+    """Return scored samples of mixed lengths, and their pictures by hash.
+
+    `with_pictures` says which groups have one, repeated over the groups.
+    """
     ids = build_tokenizer().convert_tokens_to_ids
     ordinary = torch.tensor([ids(letter) for letter in "0123456789*/=+abch"])
     generator = torch.Generator().manual_seed(seed)
