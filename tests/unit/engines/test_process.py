@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -86,7 +87,7 @@ def start(tmp_path: Path, port: int, pids: Path) -> Iterator[Callable[..., Serve
     started: list[ServerProcess] = []
 
     def start_one(
-        *command: str, stubborn: bool = False, grace: float = 5.0, **settings: object
+        *command: str, stubborn: bool = False, grace: float = 5.0, **settings: Any
     ) -> ServerProcess:
         default = (sys.executable, "-c", SERVER, str(port), str(pids), "stubborn" if stubborn else "polite")
         url = f"http://127.0.0.1:{port}"
@@ -252,7 +253,7 @@ def test_the_transformers_engine_runs_on_the_cpu_or_one_gpu():
 
 
 def test_start_server_gives_every_server_an_admin_key_and_never_on_the_command_line(monkeypatch, tmp_path):
-    orders: list[dict[str, object]] = []
+    orders: list[dict[str, Any]] = []
 
     class Recorder:
         @staticmethod
