@@ -73,8 +73,8 @@ class Processor:
     ) -> dict[str, Any]:
         """Tokenize `text`, each picture's one pad expanded to its merged patches, and make the pixel values.
 
-        Returns input_ids and attention_mask [B, T] (lists without `return_tensors`); with pictures also
-        pixel_values [patches, channels * temporal * patch**2] and image_grid_thw [pictures, 3].
+        Returns input_ids, attention_mask and mm_token_type_ids [B, T] (lists without `return_tensors`); with
+        pictures also pixel_values [patches, channels * temporal * patch**2] and image_grid_thw [pictures, 3].
 
         Raises:
             ValueError: the text has another number of pads than there are pictures.
@@ -90,8 +90,15 @@ class Processor:
             features = dict(self.image_processor(images=pictures, return_tensors=return_tensors))
         grids = [tuple(int(side) for side in grid) for grid in features.get("image_grid_thw", [])]
         texts = self._expand(texts, grids)
-        tokens = self.tokenizer(texts, return_tensors=return_tensors, **options)
+        tokens = dict(self.tokenizer(texts, return_tensors=return_tensors, **options))
+        tokens["mm_token_type_ids"] = self._token_types(tokens["input_ids"])
         return {**tokens, **features}
+
+    def _token_types(self, ids: Any) -> Any:
+        """Mark the image pads with 1: multimodal positions (mRoPE) are computed from these."""
+        if isinstance(ids, list):
+            return [[int(token == self.image_token_id) for token in row] for row in ids]
+        return (ids == self.image_token_id) * 1
 
     def _expand(self, texts: list[str], grids: Sequence[tuple[int, ...]]) -> list[str]:
         """Repeat each pad as often as its picture has merged patches."""

@@ -47,7 +47,7 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     """Wire form: prompt ids with one image pad per image, then the sampled response ids, verbatim."""
     multimodal_inputs: dict[str, Any] | None = None
-    """`{"images": [PIL.Image, …]}`, resized, shared by the samples of a group; stays in the rollout process."""
+    """`{"images": [PIL.Image, …]}`, resized, shared by a group's samples; stays in the rollout process."""
     multimodal_train_inputs: dict[str, Any] | None = None
     """`{"image_hashes": [str, …], "image_grid_thw": [(t, h, w), …]}`: what the trainer needs, bytes apart."""
     response: str = ""
@@ -85,7 +85,7 @@ class Sample:
         if not isinstance(self.reward, dict) or args.reward_key not in self.reward:
             raise ValueError(
                 f"--reward-key {args.reward_key} is set and sample {self.index} has the reward "
-                f"{self.reward!r:.200}; the reward function must return a dict with that key, or the flag must go."
+                f"{self.reward!r:.200}; the reward function must return a dict with that key, or the flag go."
             )
         return self.reward[args.reward_key]
 

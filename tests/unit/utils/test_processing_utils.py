@@ -57,10 +57,13 @@ def test_outputs_are_those_of_transformers_pieces(ours: Processor) -> None:
     ids = AutoTokenizer.from_pretrained(PATH)(expanded)["input_ids"]
     assert made["input_ids"].tolist() == [ids]
     assert made["attention_mask"].tolist() == [[1] * len(ids)]
+    assert made["mm_token_type_ids"].tolist() == [[int(token == ours.image_token_id) for token in ids]]
 
 
 def test_text_alone_and_single_pictures_are_taken(ours: Processor) -> None:
-    assert set(ours(text="the area")) == {"input_ids", "attention_mask"}
+    made = ours(text="the area")
+    assert set(made) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+    assert made["mm_token_type_ids"] == [[0] * len(made["input_ids"][0])]
     assert ours(text=TEXT, images=noise(64, 64), return_tensors="pt")["image_grid_thw"].tolist() == [
         [1, 4, 4]
     ]
@@ -124,8 +127,10 @@ def test_ours_is_the_same_as_transformers_own(ours: Processor) -> None:
     pictures = [noise(96, 64), noise(128, 96)]  # sizes that no processor changes
     first = ours(text=[TEXT * 2], images=pictures, return_tensors="pt")
     second = theirs(text=[TEXT * 2], images=pictures, return_tensors="pt")
-    assert torch.equal(first["input_ids"], second["input_ids"])
-    assert torch.equal(first["image_grid_thw"], second["image_grid_thw"])
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"pixel_values"}:
+        assert torch.equal(first[name], second[name])
+        assert first[name].dtype == second[name].dtype
     assert torch.allclose(first["pixel_values"], second["pixel_values"], atol=1e-6)
 
 
