@@ -43,8 +43,7 @@ class RolloutManager:
         self._source = PromptSource(args, self._processor)
         self._eval_sets: list[EvalSet] = []
         self._banned = banned_ids(self._processor.tokenizer, self._facts.vocab_size)
-        path = args.custom_generate_function_path
-        self._function: GenerateFunction = generate if path is None else load_function(path)
+        self._function = _generate_function(args)
         self._rewards = Rewards(args, self._facts)
         self._engines = EngineClient(
             engine_urls,
@@ -159,3 +158,8 @@ class RolloutManager:
         except BaseException:
             future.cancel()
             raise
+
+
+def _generate_function(args: Args) -> GenerateFunction:
+    path = args.custom_generate_function_path
+    return generate if path is None else load_function(path, "--custom-generate-function-path")

@@ -18,6 +18,7 @@ import torch
 
 from slime.engines.api import (
     AnswerError,
+    EngineAbortedError,
     ScoreMismatchError,
     collapse_image_pads,
     score_payload,
@@ -145,7 +146,7 @@ async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
             prompt_tokens=request.prompt_length + sample.response_length if request.exact else None,
             image_tokens=request.image_tokens if request.exact else None,
         )
-    except (AnswerError, ScoreMismatchError) as error:
+    except (AnswerError, EngineAbortedError, ScoreMismatchError) as error:
         raise type(error)(
             f"sample {sample.index}, scored by the teacher at {settings.urls[0]}: {error}"
         ) from error

@@ -47,12 +47,14 @@ class Rewards:
         """Return the plugin; without one the teacher scores where there is one, else the rule alone
         judges."""
         if self._args.custom_rm_path is not None:
-            return load_function(self._args.custom_rm_path)
+            return load_function(self._args.custom_rm_path, "--custom-rm-path")
         return on_policy_distillation.reward_func if self._needs_teacher else None
 
     def _post_process_function(self) -> PostProcess:
         if self._args.custom_reward_post_process_path is not None:
-            return load_function(self._args.custom_reward_post_process_path)
+            return load_function(
+                self._args.custom_reward_post_process_path, "--custom-reward-post-process-path"
+            )
         return on_policy_distillation.post_process_rewards if self._needs_teacher else plain_rewards
 
     async def judge(self, sample: Sample) -> None:

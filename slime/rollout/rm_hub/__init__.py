@@ -30,7 +30,7 @@ def rule_named(rm_type: str) -> Rule:
     if rm_type in RULES:
         return RULES[rm_type]
     if "." in rm_type:
-        return load_function(rm_type)
+        return load_function(rm_type, "--rm-type")
     raise ValueError(
         f"--rm-type {rm_type!r} is not known; use one of {', '.join(RULES)}, or a dotted path of your own "
         "rule."

@@ -1,0 +1,252 @@
+"""A small server with SGLang's `/generate`, for tests of clients: a made-up model, a record of requests,
+planted faults.
+
+Its "model" gives every (token, expanded position) a log-prob by a formula, so a test knows what must come
+back. Runs in a thread of its own: synchronous and asynchronous tests use it alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from PIL import Image
+
+MERGED_PATCH = 32
+"""Side in pixels of what becomes one image token."""
+EOS = 2
+
+
+def log_prob(token: int, position: int, pictures: int = 0) -> float:
+    """Return the made-up model's log-prob of a token at an expanded position; it depends on being shown a
+    picture."""
+    return -(0.05 + ((token * 31 + position * 17 + pictures * 7) % 97) / 20)
+
+
+@dataclass
+class FakeEngine:
+    """Behaviour and record of one fake server."""
+
+    image_token_id: int
+    vocab_size: int
+    responses: list[list[int]] = field(default_factory=lambda: [[11, 12, EOS]])
+    """What is sampled: the response at the seed's place, round and round."""
+    texts: list[str] = field(default_factory=lambda: ["\\boxed{4}"])
+    fault: str | None = None
+    fault_times: int = 10**9
+    """How many requests meet the fault."""
+    delay: float = 0.0
+    """Seconds that an answer takes."""
+    version: str = "default"
+    requests: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+    """(path, body, headers) in order of arrival."""
+    generate_times: list[tuple[float, float]] = field(default_factory=list)
+    """(start, end) of each generating or scoring request."""
+    url: str = ""
+    in_flight: int = 0
+    most_in_flight: int = 0
+
+    def bodies(self, path: str = "/generate") -> list[Any]:
+        """Return the bodies that were posted to a path."""
+        return [body for seen, body, _ in self.requests if seen == path]
+
+    # ---- HTTP ----
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Record the request and answer it, by the fault if one is planted."""
+        raw = await request.read()
+        self.requests.append((request.path, json.loads(raw) if raw else None, dict(request.headers)))
+        if request.path != "/generate":
+            return self._control(request.path)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        start = time.perf_counter()
+        try:
+            await asyncio.sleep(self.delay)
+            return await self._generate(request, json.loads(raw))
+        finally:
+            self.in_flight -= 1
+            self.generate_times.append((start, time.perf_counter()))
+
+    def _control(self, path: str) -> web.Response:
+        if self._faulty("unflushed") and path == "/update_weights_from_disk":
+            message = "Weights were updated, but the cache was not flushed."
+            return web.json_response({"success": False, "message": message}, status=400)
+        if self._faulty("busy") and path == "/flush_cache":
+            self._count_fault()
+            return web.Response(text="Flush cache failed: pending requests.", status=400)
+        if self._faulty("corrupt") and path == "/update_weights_from_disk":
+            return web.json_response({"success": False, "message": "no such checkpoint"}, status=400)
+        if path == "/update_weights_from_disk":
+            self.version = self.requests[-1][1]["weight_version"]
+            return web.json_response({"success": True, "message": "ok"})
+        if path == "/flush_cache":
+            return web.Response(text="Cache flushed.")
+        if path == "/model_info":
+            return web.json_response({"model_path": "fake", "weight_version": self.version})
+        return web.json_response({"message": "ok", "status": "ok"})
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        broken = await self._broken_transport(request)
+        if broken is not None:
+            return broken
+        answer = self.answer(body)
+        if self._faulty("truncated_json"):
+            return web.Response(body=json.dumps(answer)[:-20].encode(), content_type="application/json")
+        # NaN, where it is planted, goes out as Python's json writes it
+        return web.Response(body=json.dumps(answer).encode(), content_type="application/json")
+
+    async def _broken_transport(self, request: web.Request) -> web.StreamResponse | None:
+        """Answer in place of the model where the fault lies below it."""
+        if self._faulty("400"):
+            return web.json_response(
+                {"error": {"message": "the input is longer than the context"}}, status=400
+            )
+        if self._faulty("500"):
+            return web.Response(text="Internal Server Error", status=500)
+        for status in ("429", "503"):
+            if self._faulty(status):
+                self._count_fault()
+                return web.json_response({"object": "error", "message": "queue full"}, status=int(status))
+        if self._faulty("html"):
+            return web.Response(text="<html>a proxy's page</html>", content_type="text/html")
+        if self._faulty("hang"):
+            await asyncio.sleep(60)
+        if self._faulty("reset") and request.transport is not None:
+            self._count_fault()
+            request.transport.abort()
+            raise ConnectionResetError("planted")
+        return None
+
+    def _faulty(self, name: str) -> bool:
+        return self.fault == name and self.fault_times > 0
+
+    def _count_fault(self) -> None:
+        self.fault_times -= 1
+
+    # ---- the model ----
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return what a server with the planted fault answers."""
+        images = body.get("image_data") or []
+        if self._faulty("drop_image"):
+            images = []
+        expanded = self._expand(body["input_ids"], images)
+        params = body["sampling_params"]
+        sampled: list[int] = []
+        text = ""
+        if params.get("max_new_tokens", 128) > 0:
+            turn = params.get("sampling_seed", 0)
+            sampled = self.responses[turn % len(self.responses)][: params["max_new_tokens"]]
+            text = self.texts[turn % len(self.texts)]
+        stopped = bool(sampled) and sampled[-1] == EOS
+        meta: dict[str, Any] = {
+            "id": "fake",
+            "finish_reason": {"type": "stop", "matched": EOS} if stopped else {"type": "length", "length": 0},
+            "prompt_tokens": len(expanded),
+            "completion_tokens": len(sampled),
+            "cached_tokens": 0,
+            "weight_version": self.version,
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(sampled)}],
+            "image_tokens": expanded.count(self.image_token_id),
+        }
+        if self._faulty("abort"):
+            meta["finish_reason"] = {"type": "abort", "message": "Abort in waiting queue"}
+        if self._faulty("mixed"):
+            meta["weight_versions"] = [
+                {"version": "1", "start": 0, "end": 1},
+                {"version": "2", "start": 1, "end": 2},
+            ]
+        start = body.get("logprob_start_len", -1)
+        places = range(len(expanded)) if start < 0 else range(start, len(expanded))
+        triples = [[log_prob(expanded[p], p, len(images)), self._reported(expanded[p]), None] for p in places]
+        if triples:
+            triples[0][0] = None
+        meta["input_token_logprobs"] = self._spoil(triples) if start >= 0 else []
+        meta["output_token_logprobs"] = [
+            [log_prob(token, len(expanded) + number, len(images)), self._reported(token), None]
+            for number, token in enumerate(sampled)
+        ]
+        return {"text": text, "output_ids": sampled, "meta_info": meta}
+
+    def _expand(self, tokens: list[int], images: list[str]) -> list[int]:
+        """Put each picture's tokens in the place of its pad; pads without a picture stay, as on the real
+        server."""
+        left = [self._picture_tokens(image) for image in images]
+        expanded: list[int] = []
+        for token in tokens:
+            count = left.pop(0) if token == self.image_token_id and left else 1
+            expanded += [token] * count
+        return expanded
+
+    def _picture_tokens(self, uri: str) -> int:
+        head, _, data = uri.partition(",")
+        assert head == "data:image/png;base64", head
+        width, height = Image.open(io.BytesIO(base64.b64decode(data))).size
+        return (width // MERGED_PATCH) * (height // MERGED_PATCH)
+
+    def _reported(self, token: int) -> int:
+        """Return the id as SGLang reports it: pads and ids from the last one on as 0."""
+        return 0 if token == self.image_token_id or token >= self.vocab_size - 1 else token
+
+    def _spoil(self, triples: list[list[Any]]) -> list[list[Any]]:
+        """Plant a fault into the scores."""
+        if self._faulty("shift"):
+            return [[None, 0, None], *triples[:-1]]
+        if self._faulty("retokenise"):
+            return [*triples[:-2], [-0.5, 7777 % self.vocab_size, None], triples[-1]]
+        if self._faulty("clip"):
+            return [[lp, 0, text] for lp, _, text in triples]
+        if self._faulty("short"):
+            return triples[len(triples) // 2 + 1 :]
+        if self._faulty("other"):
+            return [[-1.0, (token + 1) % (self.vocab_size - 1), None] for _, token, _ in triples]
+        spoiled = [list(triple) for triple in triples]
+        if self._faulty("null") and spoiled:
+            spoiled[-1][0] = None
+        if self._faulty("nan") and spoiled:
+            spoiled[-1][0] = float("nan")
+        return spoiled
+
+
+@contextmanager
+def serve(engine: FakeEngine) -> Iterator[FakeEngine]:
+    """Serve on a free port of the loopback, in a thread, until the block ends."""
+    loop = asyncio.new_event_loop()
+    runner: list[web.AppRunner] = []
+    started = threading.Event()
+
+    async def start() -> None:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_route("*", "/{tail:.*}", engine.handle)
+        runner.append(web.AppRunner(app, shutdown_timeout=0.1))
+        await runner[0].setup()
+        site = web.TCPSite(runner[0], "127.0.0.1", 0)
+        await site.start()
+        engine.url = f"http://127.0.0.1:{runner[0].addresses[0][1]}"
+        started.set()
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield engine
+    finally:
+        asyncio.run_coroutine_threadsafe(runner[0].cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()

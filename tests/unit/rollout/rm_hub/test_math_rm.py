@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+
+import pytest
+
+from slime.rollout import rm_hub
+from slime.rollout.rm_hub import async_rm, math_rm, rule_named
+from slime.rollout.rm_hub.grader import Grader
+from slime.rollout.rm_hub.math_rm import compute_math_reward
+from slime.utils.types import Sample
+
+HARD = "9^{9^{9^{9}}}"
+"""Takes for ever to evaluate."""
+
+
+def boxed(answer: str, label: str | None = "2\\sqrt{3}") -> Sample:
+    return Sample(response=f"<think>hm</think>It is \\boxed{{{answer}}}.", label=label)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "grade"),
+    [
+        ("\\sqrt{12}", "2\\sqrt{3}", 1.0),
+        ("2\\sqrt{5}", "2\\sqrt{3}", 0.0),
+        ("x=5", "5", 1.0),
+        ("5\\text{ cm}", "5", 1.0),
+        ("\\frac{9\\sqrt{2}}{2}", "\\frac{9}{\\sqrt{2}}", 1.0),
+        ("15.5", "\\boxed{15.5}", 1.0),
+        ("import os; os.abort()", "2", 0.0),
+        ("__import__('os')._exit(1)", "2", 0.0),
+        ("((((", "2", 0.0),
+    ],
+)
+def test_answers_are_compared_as_mathematics(answer: str, label: str, grade: float) -> None:
+    assert compute_math_reward(boxed(answer, label)) == grade
+    assert compute_math_reward(f"\\boxed{{{answer}}}", label) == grade
+
+
+def test_without_a_box_there_is_no_answer() -> None:
+    assert compute_math_reward("It is 5.", "5") == 0.0
+
+
+def test_a_label_is_needed() -> None:
+    with pytest.raises(ValueError, match="--label-key"):
+        compute_math_reward("\\boxed{5}")
+
+
+async def test_the_rule_has_the_plugin_form() -> None:
+    assert await math_rm(Namespace(), boxed("\\sqrt{12}"), evaluation=True) == 1.0
+    assert await async_rm(Namespace(rm_type="math"), boxed("18", "18")) == 1.0
+    assert rule_named("slime.rollout.rm_hub.math_rm") is math_rm
+    assert rm_hub.math_rm is math_rm
+    with pytest.raises(ValueError, match="'maths' is not known; use one of math"):
+        rule_named("maths")
+
+
+@pytest.fixture
+def grader() -> Iterator[Grader]:
+    grader = Grader(size=2, wall_seconds=1.0)
+    yield grader
+    grader.close()
+
+
+def test_a_comparison_over_the_limit_is_wrong_and_counted(grader: Grader) -> None:
+    futures = [grader.submit(HARD, "5") for _ in range(2)]
+    assert [future.result(60) for future in futures] == [False, False]
+    assert grader.timeouts == 2
+    assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is True
+
+
+def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
+    assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is True
+    for worker in grader._workers:
+        os.kill(worker._process.pid, signal.SIGKILL)
+    verdicts = [grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) for _ in range(4)]
+    assert verdicts[-1] is True
+    assert grader.timeouts == verdicts.count(False) <= 2
+
+
+def test_a_closed_grader_leaves_no_process() -> None:
+    grader = Grader(size=1)
+    assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is True
+    (process,) = [worker._process for worker in grader._workers]
+    grader.close()
+    assert process.poll() is not None
+
+
+async def test_the_event_loop_goes_on_while_a_worker_thinks() -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    assert await math_rm(Namespace(), boxed(HARD, "5")) == 0.0
+    ticking.cancel()
+    assert ticks > 10
+
+
+def test_the_hub_is_light() -> None:
+    code = "import sys, slime.rollout.rm_hub; print({'torch', 'sympy', 'aiohttp'} & sys.modules.keys())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "set()"

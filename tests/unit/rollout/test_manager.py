@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slime.engines import client as client_module
+from slime.engines.api import EngineUnreachableError, ScoreMismatchError
+from slime.rollout.manager import RolloutManager
+from tests.fakes.engine_server import FakeEngine, log_prob, serve
+from tests.fakes.rollouts import facts, fake_engine, rollout_args, write_prompts
+
+
+@pytest.fixture
+def student() -> Iterator[FakeEngine]:
+    with serve(fake_engine(responses=[[11, 12, 2], [13, 2]], texts=["\\boxed{4}", "\\boxed{5}"])) as fake:
+        yield fake
+
+
+@pytest.fixture
+def teacher() -> Iterator[FakeEngine]:
+    with serve(fake_engine()) as fake:
+        yield fake
+
+
+@pytest.fixture
+def manager(tmp_path: Path, student: FakeEngine, teacher: FakeEngine) -> Iterator[RolloutManager]:
+    made = make(tmp_path, student, teacher)
+    yield made
+    made.close()
+
+
+def make(folder: Path, student: FakeEngine, teacher: FakeEngine, *flags: str) -> RolloutManager:
+    data = str(write_prompts(folder))
+    args = rollout_args(
+        *("--rollout-concurrency", "2", "--eval-prompt-data", "held_out", data, *flags),
+        data=data,
+        rm_url=teacher.url + "/generate",
+    )
+    return RolloutManager(args, [student.url])
+
+
+def test_a_rollout_is_answered_scored_and_graded(
+    manager: RolloutManager, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    batch = manager.generate(0)
+    assert [sample.index for sample in batch.samples] == list(range(6))
+    assert [sample.group_index for sample in batch.samples] == [0, 0, 1, 1, 2, 2]
+    for sample in batch.samples:
+        prompt = len(sample.tokens) - sample.response_length - 1 + 6
+        expected = [log_prob(token, prompt + n, 1) for n, token in enumerate(sample.response_tokens)]
+        assert sample.teacher_log_probs is not None
+        torch.testing.assert_close(sample.teacher_log_probs, torch.tensor(expected))
+        assert sample.metadata["task_reward"] == float(sample.response_tokens == [11, 12, 2])
+        assert sample.reward == 0.0
+    assert len(student.bodies()) == len(teacher.bodies()) == 6
+
+
+def test_the_next_rollout_takes_the_next_prompts(manager: RolloutManager) -> None:
+    first, second = manager.generate(0), manager.generate(1)
+    rows = [sample.metadata["data_row"] for batch in (first, second) for sample in batch.samples]
+    assert len(set(rows)) == 6
+    assert [sample.index for sample in second.samples] == list(range(6, 12))
+
+
+def test_metrics_are_floats_and_complete(manager: RolloutManager) -> None:
+    batch = manager.generate(0)
+    assert all(isinstance(value, float) for value in batch.metrics.values())
+    grades = [sample.metadata["task_reward"] for sample in batch.samples]
+    assert batch.metrics["reward"] == sum(grades) / 6
+    assert batch.metrics["teacher/aligned_frac"] == 1.0
+    assert batch.metrics["response_length_max"] == 3.0
+    assert set(batch.metrics) >= {
+        "response_length", "truncated_share", "rollout/failed_samples", "rollout/mixed_version_samples",
+        "rollout/bad_rows", "rollout/grader_timeouts", "perf/generation_seconds", "perf/scoring_seconds",
+        "perf/scoring_overlap_share", "perf/student_tokens_per_second", "perf/teacher_tokens_per_second",
+    }  # fmt: skip
+
+
+def test_scoring_begins_before_the_last_response_ends(
+    manager: RolloutManager, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    student.delay = 0.05
+    batch = manager.generate(0)
+    assert min(start for start, _ in teacher.generate_times) < max(end for _, end in student.generate_times)
+    assert batch.metrics["perf/first_score_before_last_response"] == 1.0
+    assert batch.metrics["perf/scoring_overlap_share"] > 0
+
+
+def test_the_student_is_evaluated_without_the_teacher(
+    manager: RolloutManager, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    metrics = manager.evaluate(0)
+    assert metrics["eval/held_out/samples"] == 6.0
+    assert len(student.bodies()) == 6
+    assert teacher.requests == []
+    again = manager.evaluate(1)
+    assert again["eval/accuracy"] == metrics["eval/accuracy"]
+
+
+def test_the_teacher_answers_at_its_own_server(
+    manager: RolloutManager, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    metrics = manager.evaluate(0, "teacher")
+    assert metrics["eval/accuracy"] == 1.0
+    assert len(teacher.bodies("/generate")) == 6
+    assert student.requests == []
+
+
+def test_weights_are_swapped_between_pause_and_continue(manager: RolloutManager, student: FakeEngine) -> None:
+    manager.update_weights("/weights/5", "5")
+    assert [path for path, _, _ in student.requests] == [
+        "/pause_generation",
+        "/update_weights_from_disk",
+        "/flush_cache",
+        "/continue_generation",
+    ]
+    assert {version for sample in manager.generate(0).samples for version in sample.weight_versions} == {"5"}
+
+
+def test_placeholders_are_banned(manager: RolloutManager, student: FakeEngine) -> None:
+    manager.generate(0)
+    assert str(facts().image_token_id) in student.bodies()[0]["sampling_params"]["logit_bias"]
+
+
+def test_pictures_and_position_can_be_asked_for(manager: RolloutManager) -> None:
+    batch = manager.generate(0)
+    train_inputs = batch.samples[0].multimodal_train_inputs
+    assert train_inputs is not None
+    (name,) = train_inputs["image_hashes"]
+    assert manager.pictures([name])[name].startswith(b"\x89PNG")
+    state = manager.state_dict()
+    ahead = [sample.tokens for sample in manager.generate(1).samples]
+    manager.load_state_dict(state)
+    assert [sample.tokens for sample in manager.generate(1).samples] == ahead
+
+
+def test_a_teacher_that_dies_ends_the_rollout(
+    tmp_path: Path, student: FakeEngine, teacher: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        dead = fake_engine()
+        dead.url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    defaults = client_module.EngineClient.__init__.__kwdefaults__
+    assert defaults is not None
+    assert defaults["retry_seconds"] <= 30, "a dead teacher must be an error within 60 seconds"
+    monkeypatch.setitem(defaults, "retry_seconds", 0.5)
+    manager = make(tmp_path, student, dead)
+    with pytest.raises(EngineUnreachableError, match=dead.url) as caught:
+        manager.generate(0)
+    assert "Is the teacher running?" in str(caught.value)
+    manager.close()
+
+
+def test_a_score_of_other_tokens_ends_the_rollout(manager: RolloutManager, teacher: FakeEngine) -> None:
+    teacher.fault = "shift"
+    with pytest.raises(ScoreMismatchError):
+        manager.generate(0)
+    teacher.fault = None
+    assert len(manager.generate(1).samples) == 6
+
+
+def test_closing_twice_leaves_no_thread(manager: RolloutManager) -> None:
+    manager.close()
+    manager.close()
+    assert "rollout-loop" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_custom_generate_function_is_called(
+    tmp_path: Path, student: FakeEngine, teacher: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    import types
+
+    from slime.rollout.generate import generate
+
+    async def fail_odd(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+        if sample.index % 2:
+            sample.status = sample.Status.FAILED
+            return sample
+        return await generate(args, sample, sampling_params)
+
+    module = types.ModuleType("planted_generate")
+    vars(module)["fail_odd"] = fail_odd
+    monkeypatch.setitem(sys.modules, "planted_generate", module)
+    manager = make(tmp_path, student, teacher, "--custom-generate-function-path", "planted_generate.fail_odd")
+    batch = manager.generate(0)
+    manager.close()
+    assert batch.metrics["rollout/failed_samples"] == 3.0
+    assert batch.metrics["teacher/aligned_frac"] == 0.5
+    assert [sample.loss_mask for sample in batch.samples] == [None, [], None, [], None, []]
+    assert len(teacher.bodies()) == 3
