@@ -1,0 +1,70 @@
+"""Which sample goes to which rank and micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slime.backends.planning import plan_micro_batches
+
+LENGTHS = st.lists(st.integers(1, 50), max_size=40)
+
+
+@given(lengths=LENGTHS, ranks=st.integers(1, 5), limit=st.integers(1, 120), by_tokens=st.booleans())
+def test_every_sample_once_equal_counts_within_the_limit(
+    lengths: list[int], ranks: int, limit: int, by_tokens: bool
+) -> None:
+    if by_tokens:
+        plan = plan_micro_batches(lengths, ranks, max_tokens=limit)
+    else:
+        plan = plan_micro_batches(lengths, ranks, micro_batch_size=limit)
+    assert len(plan) == ranks
+    assert len({len(batches) for batches in plan}) == 1
+    assert len(plan[0]) >= 1
+    assert sorted(index for batches in plan for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in (batch for batches in plan for batch in batches if batch):
+        if by_tokens:
+            assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= limit
+        else:
+            assert len(batch) <= limit
+
+
+@given(lengths=LENGTHS, ranks=st.integers(1, 5))
+def test_ranks_differ_by_one_sample_at_most(lengths: list[int], ranks: int) -> None:
+    plan = plan_micro_batches(lengths, ranks, micro_batch_size=1)
+    loads = [sum(lengths[index] for batch in batches for index in batch) for batches in plan]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_like_lengths_share_a_micro_batch() -> None:
+    assert plan_micro_batches([10, 2, 9, 2], 1, max_tokens=20) == [[[0, 2], [1, 3]]]
+
+
+def test_a_rank_with_few_batches_splits_before_it_idles() -> None:
+    plan = plan_micro_batches([30, 10, 10, 10], 2, max_tokens=30)
+    assert plan == [[[0]], [[1, 2, 3]]]
+    plan = plan_micro_batches([30, 29, 10, 10, 10, 9], 2, max_tokens=30)
+    assert all(batch for batches in plan for batch in batches)
+
+
+def test_ranks_beyond_the_samples_get_dummies() -> None:
+    assert plan_micro_batches([5], 3, micro_batch_size=4) == [[[0]], [[]], [[]]]
+    assert plan_micro_batches([], 2, micro_batch_size=4) == [[[]], [[]]]
+
+
+def test_a_sample_over_the_budget_goes_alone() -> None:
+    assert plan_micro_batches([100, 3, 3], 1, max_tokens=10) == [[[0], [1, 2]]]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_tokens": 5, "micro_batch_size": 2}])
+def test_exactly_one_limit_is_needed(limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="exactly one is needed"):
+        plan_micro_batches([1], 1, **limits)
+
+
+def test_limits_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="limit of 0"):
+        plan_micro_batches([1], 1, max_tokens=0)
+    with pytest.raises(ValueError, match="0 ranks"):
+        plan_micro_batches([1], 0, max_tokens=5)
