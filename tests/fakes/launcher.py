@@ -29,7 +29,8 @@ import http.server, os, signal, subprocess, sys, time
 
 arguments = sys.argv[1:]
 plays = {{"slime.engines.transformers_engine": "TEACHER_PLAYS",
-         "slime.engines.sglang_engine": "TEACHER_PLAYS", "slime.train": "DRIVER_PLAYS", "slime.tiny": "TINY_PLAYS"}}
+         "slime.engines.sglang_engine": "TEACHER_PLAYS",
+         "slime.train": "DRIVER_PLAYS", "slime.tiny": "TINY_PLAYS"}}
 module = arguments[1] if arguments[:1] == ["-m"] else ""
 if module not in plays:
     os.execv({python!r}, [{python!r}, *arguments])
