@@ -25,7 +25,7 @@ Grid = tuple[int, int, int]
 class BatchProcessor(Protocol):
     """What batching reads of the processor."""
 
-    image_token_id: int
+    image_token_id: int | None
     merge_size: int
     image_processor: Any
 
@@ -142,8 +142,6 @@ class MicroBatchBuilder:
 
     def _expand(self, sample: TrainSample) -> Tensor:
         """Return the sample's ids [T] as the model reads them."""
-        if not sample.image_grid_thw:
-            return sample.tokens
         ids = expand_image_pads(
             sample.tokens.tolist(),
             sample.image_grid_thw,

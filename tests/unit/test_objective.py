@@ -1,0 +1,119 @@
+"""The loss of one micro-batch: its terms, its metrics and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slime.backends.batching import MicroBatch
+from slime.objective import Objective
+
+
+@dataclass
+class Outputs:
+    """Log-probs and entropy as leaves."""
+
+    log_probs: Tensor
+    entropy: Tensor
+
+    def gather(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def outputs() -> Outputs:
+    return Outputs(torch.tensor([-1.0, -2.0, -3.0], requires_grad=True), torch.full((3,), 0.5, requires_grad=True))
+
+
+def batch(**parts: Any) -> MicroBatch:
+    """Two samples: tokens 0 and 1, and token 2; token 1 is masked."""
+    flat = torch.tensor([0, 0, 1])
+    return MicroBatch(
+        sample_indices=(0, 1),
+        input_ids=torch.zeros(2, 3, dtype=torch.int64),
+        attention_mask=torch.ones(2, 3),
+        image_token_mask=torch.zeros(2, 3),
+        pixel_values=None,
+        picture_grids=None,
+        picture_rows=(),
+        response_positions=torch.arange(3),
+        response_ids=torch.zeros(3, dtype=torch.int64),
+        sample_rows=flat,
+        loss_mask=torch.tensor([1.0, 0.0, 1.0]),
+        **{"advantages": torch.zeros(3), "teacher_log_probs": torch.tensor([-2.0, -9.0, -2.5]), **parts},
+    )
+
+
+def objective(**parts: Any) -> Objective:
+    defaults = {"num_tokens": 4, "num_samples": 3, "mean_over_tokens": True, "eps_clip": 0.2, "eps_clip_high": 0.2}
+    return Objective(**{**defaults, "opd_kl_coef": 0.5, **parts})
+
+
+def test_distillation_alone() -> None:
+    given = outputs()
+    loss, metrics = objective()(given, batch())
+    gap = (-1 + 2) + (-3 + 2.5)
+    assert metrics["opd_reverse_kl"].item() == pytest.approx(gap / 4)
+    assert metrics["opd_kl_loss"].item() == pytest.approx(0.5 * gap / 4)
+    assert loss.item() == pytest.approx(metrics["opd_kl_loss"].item()), "no task reward: the term is the loss"
+    loss.backward()
+    assert given.log_probs.grad is not None
+    torch.testing.assert_close(given.log_probs.grad, torch.tensor([0.5 * 1, 0, 0.5 * -0.5]) / 4)
+
+
+def test_the_terms_add_up_to_the_loss() -> None:
+    terms = objective(entropy_coef=0.1, kl_loss_coef=0.2, kl_loss_type="k2", mean_over_tokens=False)
+    given = batch(
+        advantages=torch.tensor([1.0, 1.0, -1.0]), reference_log_probs=torch.tensor([-1.5, -1.5, -1.5])
+    )
+    loss, metrics = terms(outputs(), given)
+    parts = metrics["pg_loss"] + metrics["entropy_loss"] + metrics["kl_loss"]
+    assert loss.item() == pytest.approx(parts.item())
+    assert metrics["entropy"].item() == pytest.approx(2 * 0.5 / 4)
+    assert metrics["entropy_loss"].item() == pytest.approx(-0.1 * 2 * 0.5 / 3)
+    assert metrics["kl_loss"].item() == pytest.approx(0.2 * (0.5**2 / 2 + 1.5**2 / 2) / 3)
+    task = (metrics["pg_loss"] - metrics["opd_kl_loss"]).item()
+    assert task == pytest.approx(0, abs=1e-6), "the advantages of the two samples cancel"
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_later_steps_use_the_old_log_probs() -> None:
+    """The advantage is that of the policy that sampled; the ratio moves, and is clipped."""
+    given = batch(old_log_probs=torch.tensor([-2.0, 0.0, -3.0]), teacher_log_probs=torch.tensor([-1.0, 0.0, -3.0]))
+    loss, metrics = objective()(outputs(), given)
+    assert metrics["opd_reverse_kl"].item() == pytest.approx(-1 / 4)
+    assert metrics["pg_clipfrac"].item() == pytest.approx(1 / 4)
+    assert loss.item() == pytest.approx(-1.2 * 0.5 / 4)
+    assert metrics["opd_kl_loss"].item() == pytest.approx(loss.item())
+    assert metrics["policy_kl"].item() == pytest.approx((-2.0 + 1.0) / 4)
+
+
+def test_the_gap_to_the_engine_is_over_loss_tokens() -> None:
+    _, metrics = objective()(outputs(), batch(rollout_log_probs=torch.tensor([-1.1, 50.0, -2.7])))
+    assert metrics["train_rollout_logprob_abs_diff"].item() == pytest.approx((0.1 + 0.3) / 4)
+
+
+def test_without_teacher_there_is_no_distillation_metric() -> None:
+    _, metrics = objective(opd_kl_coef=None)(outputs(), batch(teacher_log_probs=None))
+    assert not any(name.startswith("opd") for name in metrics)
+
+
+def test_a_dummy_has_the_same_metrics_and_no_weight() -> None:
+    empty = torch.zeros(0)
+    names = ("loss_mask", "advantages", "teacher_log_probs")
+    dummy = replace(batch(), sample_rows=empty.long(), **dict.fromkeys(names, empty))
+    given = Outputs(torch.zeros(0, requires_grad=True), torch.zeros(0, requires_grad=True))
+    for mean_over_tokens in (True, False):
+        loss, metrics = objective(mean_over_tokens=mean_over_tokens)(given, dummy)
+        assert loss.item() == 0
+        assert loss.requires_grad
+        assert metrics.keys() == objective()(outputs(), batch())[1].keys()
+        assert all(value.item() == 0 for value in metrics.values())
+
+
+def test_log_probs_that_a_term_needs_must_be_there() -> None:
+    with pytest.raises(ValueError, match="does not carry"):
+        objective()(outputs(), batch(teacher_log_probs=None))
