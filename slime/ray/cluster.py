@@ -41,6 +41,8 @@ RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # It would kill our workers for memory that others on the machine use.
     "RAY_memory_monitor_refresh_ms": "0",
+    # By default workers, and the engines that they start, yield to everything else on the machine.
+    "RAY_worker_niceness": "0",
 }
 
 

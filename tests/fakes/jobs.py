@@ -1,0 +1,165 @@
+"""A tiny main job for the end-to-end tests: a little data, a teacher, the driver, and what it leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+
+from slime.engines.process import ServerProcess, free_port, start_server
+from slime.tiny.geometry import write_splits
+from slime.tiny.paths import checkpoint_path
+
+MARK = "SLIME_TEST_JOB"
+START_SECONDS = 240.0
+SHARED_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+
+
+def write_data(folder: Path, train_rows: int = 8, test_rows: int = 24) -> dict[str, Path]:
+    """Write the first rows of the tiny geometry set."""
+    paths = {}
+    for split, rows in (("train", train_rows), ("test", test_rows)):
+        paths[split] = folder / f"{split}.parquet"
+        pq.write_table(pq.read_table(write_splits(folder / "whole")[split]).slice(0, rows), paths[split])
+    return paths
+
+
+def start_teacher(log_path: Path) -> ServerProcess:
+    """Start the tiny teacher and wait for it."""
+    server = start_server(
+        "transformers", str(checkpoint_path("teacher")), free_port(), log_path, role="teacher"
+    )
+    server.wait_ready(START_SECONDS)
+    return server
+
+
+@dataclass
+class Job:
+    """One `python -m slime.train` in a process group of its own, as a terminal would start it."""
+
+    process: subprocess.Popen[str]
+    output_dir: Path
+    console_path: Path
+    mark: str
+    _seen: list[str] = field(default_factory=list)
+
+    @property
+    def console(self) -> str:
+        """What the driver has printed."""
+        return self.console_path.read_text(errors="replace")
+
+    def wait_for(self, pattern: str, seconds: float = START_SECONDS) -> None:
+        """Return once the console shows `pattern`."""
+        self.wait_until(lambda: re.search(pattern, self.console) is not None, f"no {pattern!r}", seconds)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+        """Return once `condition` holds; fail with the console where it does not, or the driver has ended."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = self.process.poll() is not None
+            assert not ended, f"{what}; the driver ended:\n{self.console}"
+            assert time.monotonic() < deadline, f"{what} after {seconds} s:\n{self.console}"
+            time.sleep(0.1)
+
+    def wait(self, seconds: float = START_SECONDS) -> int:
+        """Return the driver's exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.console}") from None
+
+    def interrupt(self) -> None:
+        """Send SIGINT to the whole process group, as Ctrl-C does."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every living process that the driver started, however indirectly; it inherited our mark."""
+        return [process for process in psutil.process_iter() if _mark(process) == self.mark]
+
+    def find(self, pattern: str) -> psutil.Process:
+        """Return the job's process whose command line shows `pattern`."""
+        found = [process for process in self.processes() if re.search(pattern, " ".join(process.cmdline()))]
+        assert len(found) == 1, f"{len(found)} processes match {pattern!r}"
+        return found[0]
+
+    def assert_nothing_left(self, seconds: float = 10.0) -> None:
+        """Fail if a process, a folder of Ray's or published weights outlive the driver by `seconds`."""
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, [" ".join(process.cmdline())[:120] for process in left]
+            time.sleep(0.1)
+        assert self.new_shared() == []
+
+    def new_shared(self) -> list[str]:
+        """Return the folders in shared places that were not there before the job."""
+        return sorted(set(_shared()) - set(self._seen))
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def _shared() -> list[str]:
+    """Return our folders in shared memory and the temporary folder that no living other job holds."""
+    return [
+        str(path)
+        for folder in SHARED_FOLDERS
+        for pattern in ("slime-weights-*", "slime-ray-*")
+        for path in folder.glob(pattern)
+    ]
+
+
+def arguments(data: dict[str, Path], teacher_url: str, output_dir: Path, *extra: str) -> list[str]:
+    """Return the flags of a small job: 2 rollouts of 4 prompts by 2 answers."""
+    return [
+        *("--hf-checkpoint", str(checkpoint_path("student")), "--engine", "transformers"),
+        *("--prompt-data", str(data["train"]), "--apply-chat-template", "--rollout-shuffle"),
+        *("--num-rollout", "2", "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"),
+        *("--rollout-max-response-len", "64", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096"),
+        *("--rm-type", "math", "--rm-url", f"{teacher_url}/generate", "--use-opd", "--opd-type", "sglang"),
+        *("--custom-rm-path", "examples.opd_vlm.opd_vlm_reward.reward_func"),
+        *("--custom-reward-post-process-path", "examples.opd_vlm.opd_vlm_reward.post_process_rewards"),
+        *("--lr", "3e-4", "--train-threads", "1", "--eval-prompt-data", "tiny", str(data["test"])),
+        *("--output-dir", str(output_dir), *extra),
+    ]
+
+
+@contextmanager
+def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
+    """Start the driver; kill whatever a failed test leaves of it."""
+    mark = uuid.uuid4().hex
+    console_path = output_dir.with_suffix(".console")
+    console_path.parent.mkdir(parents=True, exist_ok=True)
+    seen = _shared()
+    with console_path.open("w") as console:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "slime.train", *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, MARK: mark, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
+        )
+    job = Job(process, output_dir, console_path, mark, seen)
+    try:
+        yield job
+    finally:
+        for left in job.processes():
+            left.kill()
+        process.wait()
