@@ -11,8 +11,9 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 METADATA_KEY = "slime"
@@ -81,14 +82,16 @@ class Flag:
         return self.default is dataclasses.MISSING
 
 
-def flags_of(group: type) -> Iterator[Flag]:
-    """Yield the flags that `group` itself declares, in order.
+@cache
+def flags_of(group: type) -> tuple[Flag, ...]:
+    """Return the flags that `group` itself declares, in order.
 
     Raises:
         TypeError: a field without `flag(...)`, or of a type that no flag can have.
     """
     hints = typing.get_type_hints(group)
     own = inspect.get_annotations(group)
+    flags: list[Flag] = []
     for declared in dataclasses.fields(group):
         if declared.name not in own:
             continue
@@ -96,7 +99,8 @@ def flags_of(group: type) -> Iterator[Flag]:
         if not isinstance(spec, FlagSpec):
             raise TypeError(f"{group.__name__}.{declared.name} is declared without flag(...).")
         kind, value_type, choices = _resolve(hints[declared.name], f"{group.__name__}.{declared.name}")
-        yield Flag(declared.name, spec, kind, spec.parse or value_type, choices, declared.default)
+        flags.append(Flag(declared.name, spec, kind, spec.parse or value_type, choices, declared.default))
+    return tuple(flags)
 
 
 def _resolve(
@@ -119,7 +123,7 @@ def _resolve(
     raise TypeError(f"{where}: no flag can have the type {hint}.")
 
 
-def range_problems(flags: Iterator[Flag], args: object) -> Iterator[str]:
+def range_problems(flags: Iterable[Flag], args: object) -> Iterator[str]:
     """Yield a sentence for each value outside the bounds that its flag declares."""
     for declared in flags:
         value = getattr(args, declared.attribute)

@@ -29,7 +29,7 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64 * 2**20
 """Largest picture that is decoded; beyond it a small file can fill the memory (a decompression bomb)."""
 PNG_COMPRESSION = 3
-"""zlib level: a third of the time of the default 6 for some 5 % more bytes."""
+"""zlib level: two thirds of the time of the default 6, for 5 to 12 % more bytes on line drawings."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DECODE_ERRORS = (
