@@ -23,6 +23,8 @@ def main() -> None:
     def expression(text: str) -> list:
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=OWN_LIMIT_SECONDS)
 
+    # the first comparison builds parsers and caches: not in an answer's time
+    verify(expression("2\\sqrt{3}"), expression("\\sqrt{12}"), timeout_seconds=OWN_LIMIT_SECONDS)
     _say(True)
     for line in sys.stdin:
         answer, label = json.loads(line)

@@ -66,18 +66,19 @@ import torch
 from PIL import Image
 from slime.utils.types import Sample
 
-module, url, checkpoint, pad = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-plugin = importlib.import_module(module)
+url, checkpoint, pad = sys.argv[1], sys.argv[2], int(sys.argv[3])
 args = argparse.Namespace(rm_url=url, reward_key=None, hf_checkpoint=checkpoint)
-sample = Sample(
-    tokens=[40, 41] + [pad] * 6 + [42, 11, 12, 2],
-    response_length=3,
-    multimodal_inputs={"images": [Image.new("RGB", (96, 64))]},
-    multimodal_train_inputs={"pixel_values": torch.zeros(1), "image_grid_thw": torch.tensor([[1, 4, 6]])},
-)
-sample.reward = asyncio.run(plugin.reward_func(args, sample))
-rewards = plugin.post_process_rewards(args, [sample])
-print(json.dumps([sample.teacher_log_probs.tolist(), str(sample.teacher_log_probs.dtype), rewards]))
+for module in sys.argv[4:]:
+    plugin = importlib.import_module(module)
+    sample = Sample(
+        tokens=[40, 41] + [pad] * 6 + [42, 11, 12, 2],
+        response_length=3,
+        multimodal_inputs={"images": [Image.new("RGB", (96, 64))]},
+        multimodal_train_inputs={"pixel_values": torch.zeros(1), "image_grid_thw": torch.tensor([[1, 4, 6]])},
+    )
+    sample.reward = asyncio.run(plugin.reward_func(args, sample))
+    rewards = plugin.post_process_rewards(args, [sample])
+    print(json.dumps([sample.teacher_log_probs.tolist(), str(sample.teacher_log_probs.dtype), rewards]))
 """
 
 
@@ -89,34 +90,30 @@ def checkout(tmp_path: Path) -> Path:
     for name, text in STAND_INS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for folder in {path.parent for path in tmp_path.rglob("*.py")} | {
-        tmp_path / "slime",
-        tmp_path / "examples",
-    }:
-        (folder / "__init__.py").touch()
+    for source in list(tmp_path.rglob("*.py")):
+        for folder in source.relative_to(tmp_path).parents:
+            (tmp_path / folder / "__init__.py").touch()
     (tmp_path / "run.py").write_text(SCRIPT, encoding="utf-8")
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "module", ["slime.rollout.on_policy_distillation", "examples.opd_vlm.opd_vlm_reward"]
-)
-def test_the_plugin_runs_with_upstreams_sample_and_a_bare_namespace(checkout: Path, module: str) -> None:
+def test_the_plugins_run_with_upstreams_sample_and_a_bare_namespace(checkout: Path) -> None:
+    modules = ("slime.rollout.on_policy_distillation", "examples.opd_vlm.opd_vlm_reward")
     with serve(fake_engine()) as teacher:
-        pad = str(teacher.image_token_id)
-        command = [
-            sys.executable,
-            "run.py",
-            module,
-            teacher.url + "/generate",
-            str(checkpoint_path("student")),
-            pad,
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        known = (teacher.url + "/generate", str(checkpoint_path("student")), str(teacher.image_token_id))
         done = subprocess.run(
-            command, cwd=checkout, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "run.py", *known, *modules],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert done.returncode == 0, done.stderr
-    values, dtype, rewards = json.loads(done.stdout)
-    assert values == pytest.approx([log_prob(token, 9 + place, 1) for place, token in enumerate((11, 12, 2))])
-    assert (dtype, rewards) == ("torch.float32", [[0.0], [0.0]])
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(modules)
+    for line in lines:
+        values, dtype, rewards = json.loads(line)
+        expected = [log_prob(token, 9 + place, 1) for place, token in enumerate((11, 12, 2))]
+        assert values == pytest.approx(expected)
+        assert (dtype, rewards) == ("torch.float32", [[0.0], [0.0]])

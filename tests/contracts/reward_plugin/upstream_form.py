@@ -10,7 +10,6 @@ import aiohttp
 import torch
 
 from slime.utils.processing_utils import encode_image_for_rollout_engine
-from slime.utils.types import Sample
 
 
 async def reward_func(args, sample, **kwargs):
@@ -29,7 +28,7 @@ async def reward_func(args, sample, **kwargs):
         return await answer.json()
 
 
-def post_process_rewards(args, samples: list[Sample], **kwargs):
+def post_process_rewards(args, samples, **kwargs):
     """Keep the response's part of the scores."""
     for sample in samples:
         scored = sample.reward["meta_info"]["input_token_logprobs"]

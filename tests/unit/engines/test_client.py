@@ -25,7 +25,8 @@ def engine() -> Iterator[FakeEngine]:
 
 
 def client(*urls: str, **options: Any) -> EngineClient:
-    return EngineClient(urls, role="teacher", remedy="See teacher.log.", **{"retry_seconds": 1.0} | options)
+    options.setdefault("retry_seconds", 1.0)
+    return EngineClient(urls, role="teacher", remedy="See teacher.log.", **options)
 
 
 PAYLOAD = score_payload([5, 6, 7], 1)

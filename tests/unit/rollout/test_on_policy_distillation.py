@@ -151,7 +151,7 @@ async def test_pads_and_pictures_must_agree(teacher: FakeEngine) -> None:
 
 async def test_the_samples_of_a_group_go_to_one_teacher() -> None:
     with serve(fake_engine()) as one, serve(fake_engine()) as other:
-        args = SimpleNamespace(
+        args: Any = SimpleNamespace(
             rm_url=one.url, rm_urls=[one.url, other.url], reward_key=None, hf_checkpoint=CHECKPOINT
         )
         for index in range(4):

@@ -12,12 +12,19 @@ import pytest
 
 from slime.rollout import rm_hub
 from slime.rollout.rm_hub import async_rm, math_rm, rule_named
-from slime.rollout.rm_hub.grader import Grader
+from slime.rollout.rm_hub.grader import Grader, shared_grader
 from slime.rollout.rm_hub.math_rm import compute_math_reward
 from slime.utils.types import Sample
 
 HARD = "9^{9^{9^{9}}}"
 """Takes for ever to evaluate."""
+PATIENT = 60.0
+"""Wall limit where a right answer is asked for: a busy machine must not fail the test."""
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_grader(), "_wall_seconds", PATIENT)
 
 
 def boxed(answer: str, label: str | None = "2\\sqrt{3}") -> Sample:
@@ -63,15 +70,19 @@ async def test_the_rule_has_the_plugin_form() -> None:
 
 @pytest.fixture
 def grader() -> Iterator[Grader]:
-    grader = Grader(size=2, wall_seconds=1.0)
+    grader = Grader(size=2, wall_seconds=PATIENT)
     yield grader
     grader.close()
 
 
-def test_a_comparison_over_the_limit_is_wrong_and_counted(grader: Grader) -> None:
+def test_a_comparison_over_the_limit_is_wrong_and_counted(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grader, "_wall_seconds", 0.5)
     futures = [grader.submit(HARD, "5") for _ in range(2)]
     assert [future.result(60) for future in futures] == [False, False]
     assert grader.timeouts == 2
+    monkeypatch.setattr(grader, "_wall_seconds", PATIENT)
     assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is True
 
 
@@ -92,7 +103,8 @@ def test_a_closed_grader_leaves_no_process() -> None:
     assert process.poll() is not None
 
 
-async def test_the_event_loop_goes_on_while_a_worker_thinks() -> None:
+async def test_the_event_loop_goes_on_while_a_worker_thinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_grader(), "_wall_seconds", 1.0)
     ticks = 0
 
     async def tick() -> None:
