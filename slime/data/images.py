@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from slime.utils.processing_utils import (
+from slime.utils.pictures import (
     MAX_IMAGE_BYTES,
     BadImageError,
     attach_png,

@@ -16,7 +16,7 @@ from slime.data.expand import expanded_length
 from slime.data.images import Picture, PictureStore, load_image, pixel_limits, prepare_picture
 from slime.data.prompts import PromptBuilder, PromptDraft, PromptError
 from slime.data.reader import RowRef, data_folder, read_rows
-from slime.utils.processing_utils import BadImageError, blank_like
+from slime.utils.pictures import BadImageError, blank_like
 from slime.utils.types import Sample
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from slime.arguments import Args, ArgumentsError, devices, parse_args
 
+ROOT = Path(__file__).resolve().parents[3]
 Parse = Callable[..., Args]
 Refuse = Callable[..., str]
 
@@ -205,3 +209,14 @@ def test_help_lists_every_group_and_ends_well(capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     for words in ("Distillation:", "--opd-kl-coef", "(default: 1.0)", "(required)", "--sglang-NAME"):
         assert words in printed
+
+
+def test_a_command_line_is_checked_before_anything_is_installed() -> None:
+    heavy = ("torch", "numpy", "transformers", "ray", "PIL", "pyarrow")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({heavy!r}))\n"
+        "from slime.arguments import parse_args\n"
+        "parse_args(['--hf-checkpoint', 'm', '--prompt-data', 'd', '--num-rollout', '1', '--rm-type', 'math',"
+        " '--engine', 'sglang', '--train-dtype', 'bfloat16'])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

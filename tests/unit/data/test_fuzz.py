@@ -94,7 +94,7 @@ def test_any_row_is_a_prompt_or_a_bad_row(
 )
 def test_any_bytes_are_a_picture_or_a_bad_image(data: bytes, head: bytes) -> None:
     from slime.data.images import load_image
-    from slime.utils.processing_utils import BadImageError
+    from slime.utils.pictures import BadImageError
 
     try:
         load_image(head + data)

@@ -20,7 +20,8 @@ from PIL import Image
 
 from slime.data import images
 from slime.data.images import Picture, PictureStore, load_image, prepare_picture, target_size
-from slime.utils.processing_utils import BadImageError, encode_image_for_rollout_engine
+from slime.utils.pictures import BadImageError
+from slime.utils.processing_utils import encode_image_for_rollout_engine
 
 MakeNoise = Callable[..., Image.Image]
 Encode = Callable[..., bytes]
@@ -188,7 +189,7 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(
 ) -> None:
     bomb = encode(Image.new("L", (5000, 5000)))
     assert len(bomb) < 100_000
-    monkeypatch.setattr("slime.utils.processing_utils.MAX_IMAGE_PIXELS", 24_000_000)
+    monkeypatch.setattr("slime.utils.pictures.MAX_IMAGE_PIXELS", 24_000_000)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(BadImageError, match="5000x5000 pixels"):
         load_image(bomb)

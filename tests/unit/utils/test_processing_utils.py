@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import copy
 import io
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,11 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from slime.tiny.paths import checkpoint_path
 from slime.utils import processing_utils
+from slime.utils.pictures import BadImageError
 from slime.utils.processing_utils import (
-    BadImageError,
     Processor,
-    attach_png,
-    decode_image,
     encode_image_for_rollout_engine,
-    encode_png,
     load_processor,
-    png_of,
-    to_rgb,
     torchvision_works,
 )
 
@@ -178,45 +170,3 @@ def test_what_cannot_be_encoded_is_one_clear_error() -> None:
     for bad in ("https://host/a.png", "absent.png", b"x", {"bytes": None, "path": None}, 3):
         with pytest.raises(BadImageError):
             encode_image_for_rollout_engine(bad)  # pyright: ignore[reportArgumentType]
-
-
-MADE_FROM: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "copy": lambda image: image.copy(),
-    "rotate": lambda image: image.rotate(90),
-    "crop": lambda image: image.crop((0, 0, 8, 8)),
-    "resize": lambda image: image.resize((16, 16)),
-    "convert": lambda image: image.convert("L"),
-    "transpose": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-    "pickle": lambda image: pickle.loads(pickle.dumps(image)),
-    "deepcopy": copy.deepcopy,
-}
-
-
-@pytest.mark.parametrize("make", MADE_FROM.values(), ids=MADE_FROM.keys())
-def test_the_remembered_png_does_not_follow_into_other_pictures(
-    make: Callable[[Image.Image], Image.Image],
-) -> None:
-    image = noise(32, 32)
-    png = encode_png(image)
-    attach_png(image, png, "hash")
-    assert png_of(image) == png
-    assert image.info["sha256"] == "hash"
-    other = make(image)
-    assert png_of(other) is None
-    assert "sha256" not in other.info
-
-
-def test_modes_without_a_range_are_refused() -> None:
-    for mode in ("I", "F"):
-        with pytest.raises(BadImageError, match="8 bits"):
-            to_rgb(Image.new(mode, (8, 8)))
-
-
-def test_file_over_the_size_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    data = png_bytes(noise(64, 64))
-    (tmp_path / "a.png").write_bytes(data)
-    monkeypatch.setattr(processing_utils, "MAX_IMAGE_BYTES", 1000)
-    with pytest.raises(BadImageError, match="at most 1000 are read"):
-        decode_image(data)
-    with pytest.raises(BadImageError, match="at most 1000 are read"):
-        encode_image_for_rollout_engine(tmp_path / "a.png")
