@@ -190,13 +190,16 @@ find_splits() {
   TEST_DATA="$(split_file "$DATA_FOLDER" test || echo "$DATA_FOLDER/test.parquet")"
 }
 
-# resolve_output: a fresh folder unless one is named.
-resolve_output() {
-  local stem suffix=""
-  if [ -n "$SLIME_SCRIPT_OUTPUT_DIR" ]; then return; fi
+# resolve_folders: an output folder, fresh unless one is named; absolute paths, for actors work in folders of their own.
+resolve_folders() {
+  local variable suffix=""
+  local stem
   stem="$SLIME_REPO/outputs/opd_vlm_$(date +%Y%m%d-%H%M%S)"
   while [ -e "$stem$suffix" ]; do suffix="-$((${suffix#-} + 1))"; done
-  SLIME_SCRIPT_OUTPUT_DIR="$stem$suffix"
+  : "${SLIME_SCRIPT_OUTPUT_DIR:=$stem$suffix}"
+  for variable in SLIME_SCRIPT_OUTPUT_DIR SLIME_SCRIPT_MODEL_DIR SLIME_SCRIPT_DATA_DIR; do
+    [[ "${!variable}" == /* ]] || printf -v "$variable" '%s' "$PWD/${!variable}"
+  done
 }
 
 # resolve_teacher_url: sets RM_URL, the address that scores are asked from.
@@ -297,6 +300,19 @@ download_missing() {
   if [ "$MAKE_TINY_DATA" = 1 ]; then step "$PYTHON" -m slime.tiny --data "$DATA_FOLDER"; fi
 }
 
+# check_teacher_elsewhere: a server that does not answer is found now, not after the models have loaded.
+check_teacher_elsewhere() {
+  local address port=80
+  [[ "$RM_URL" == http://* ]] || return 0
+  dry && return 0
+  address="${RM_URL#http://}"
+  address="${address%%/*}"
+  if [[ "$address" == *:* ]]; then port="${address##*:}"; fi
+  http_ok "${address%:*}" "$port" /health ||
+    die "SLIME_SCRIPT_TEACHER_URL is $SLIME_SCRIPT_TEACHER_URL, and GET /health there is not answered with 200." \
+      "Start the teacher, or correct the address."
+}
+
 start_teacher() {
   local port="$SLIME_SCRIPT_TEACHER_PORT" log="$SLIME_SCRIPT_OUTPUT_DIR/logs/teacher_$TEACHER_ENGINE.log"
   if dry; then
@@ -344,7 +360,7 @@ resolve() {
   DOWNLOADS=()
   place
   SLIME_SCRIPT_ENGINE="$ENGINE"
-  resolve_output
+  resolve_folders
   resolve_model SLIME_SCRIPT_STUDENT_MODEL
   STUDENT_PATH="$MODEL"
   TEACHER_PATH=""
@@ -386,7 +402,9 @@ main() {
   download_missing
   find_splits
   build_train_command
-  if [ -z "$SLIME_SCRIPT_TEACHER_URL" ]; then
+  if [ -n "$SLIME_SCRIPT_TEACHER_URL" ]; then
+    check_teacher_elsewhere
+  else
     build_teacher_command
     start_teacher
   fi

@@ -151,6 +151,14 @@ def test_a_taken_port_is_an_error_that_names_the_variable(machine: Machine) -> N
     assert not machine.pids(TEACHER)
 
 
+def test_a_teacher_elsewhere_that_does_not_answer_is_found_before_the_driver_starts(machine: Machine) -> None:
+    launcher = launch(machine, TEACHER_URL=f"http://127.0.0.1:{free_port()}")
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "SLIME_SCRIPT_TEACHER_URL" in stderr
+    assert not machine.pids(DRIVER)
+
+
 def test_a_failing_download_ends_the_run_before_any_server(machine: Machine) -> None:
     program = Path(machine.environment["VIRTUAL_ENV"]) / "bin" / "hf"
     program.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such repository')\n")
