@@ -4,6 +4,7 @@ It drives transformers' own layers, so its numbers are transformers' numbers; sc
 elsewhere.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from slime.engines.transformers_engine.sampling import SamplingBatch, sample
 ATTENTION = "slime_batched"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+STORED_AS_SERVED = ("qwen3_vl",)
+"""Types whose files hold the served tensors as they are; transformers converts those of other types."""
 
 
 @dataclass
@@ -172,23 +175,24 @@ class EngineModel:
         return sample(self.logits(hidden), batch)
 
     def read_weights(self, path: str) -> dict[str, Tensor]:
-        """Read a checkpoint's weights into host memory, checked against this model; for any thread.
+        """Read a checkpoint's weights into host memory, checked against this model; any thread may call it.
 
-        Raises ValueError, OSError or SafetensorError where a file is missing, broken or of another model.
+        Needs the folder's safetensors files alone. Raises ValueError, OSError or SafetensorError where a file
+        is missing, broken or of another model.
         """
         files = sorted(Path(path).glob("*.safetensors"))
         if not files:
             raise ValueError(
                 f"{path} has no *.safetensors file; give the folder of a checkpoint of this model."
             )
-        own = self.net.state_dict()
         weights: dict[str, Tensor] = {}
         for file in files:
             weights |= load_file(file)
-        if self.config.tie_word_embeddings and EMBEDDING in weights:
-            weights.setdefault("lm_head.weight", weights[EMBEDDING])
-        if weights.keys() != own.keys():
-            weights = self._load(path).state_dict()
+        if self.config.model_type in STORED_AS_SERVED:
+            self._check_names(path, weights)
+        else:
+            weights = self._load(path, weights).state_dict()
+        own = self.net.state_dict()
         wrong = [name for name, value in own.items() if weights[name].shape != value.shape]
         if wrong:
             raise ValueError(
@@ -197,16 +201,35 @@ class EngineModel:
             )
         return weights
 
+    def _check_names(self, path: str, weights: dict[str, Tensor]) -> None:
+        if self.config.tie_word_embeddings and EMBEDDING in weights:
+            weights.setdefault("lm_head.weight", weights[EMBEDDING])
+        own = self.net.state_dict().keys()
+        missing, surplus = sorted(own - weights.keys()), sorted(weights.keys() - own)
+        if missing or surplus:
+            raise ValueError(
+                f"{path} does not hold the served model's tensors: missing {missing[:3]} ({len(missing)}), "
+                f"surplus {surplus[:3]} ({len(surplus)}); give a checkpoint of that model."
+            )
+
     @torch.inference_mode()
     def write_weights(self, weights: dict[str, Tensor]) -> None:
         """Overwrite the served weights in place."""
         for name, value in self.net.state_dict().items():
             value.copy_(weights[name])
 
-    def _load(self, path: str) -> Any:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, config=self.config, dtype=self.dtype, output_loading_info=True
-        )
+    def _load(self, path: str, weights: dict[str, Tensor] | None = None) -> Any:
+        """Load a checkpoint folder, or convert `weights` that were read from it; refuse what does not fit."""
+        options: Any = {
+            "config": copy.deepcopy(self.config),
+            "dtype": self.dtype,
+            "output_loading_info": True,
+        }
+        loaded: Any
+        if weights is None:
+            loaded = AutoModelForImageTextToText.from_pretrained(path, **options)
+        else:
+            loaded = type(self.net).from_pretrained(None, state_dict=weights, **options)
         net, info = loaded
         wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
         if wrong:

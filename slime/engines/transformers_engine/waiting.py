@@ -157,7 +157,8 @@ class WaveQueue:
         gone = set(jobs)
         self._alone = deque(job for job in self._alone if job not in gone)
         self._current = deque(job for job in self._current if job not in gone)
-        self._complete = deque([job for job in wave if job not in gone] for wave in self._complete)
+        kept = ([job for job in wave if job not in gone] for wave in self._complete)
+        self._complete = deque(wave for wave in kept if wave)
         for name, members in list(self._gathering.items()):
             self._gathering[name] = [job for job in members if job not in gone]
 

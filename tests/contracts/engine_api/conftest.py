@@ -1,6 +1,6 @@
 """The engine under test: ours, a real SGLang server (marker `sglang`), or one that runs already.
 
-`SLIME_TEST_ENGINE_URL` names a running server of `model_a` in float32; its control key, if it has one, comes by
+`SLIME_TEST_ENGINE_URL` names a running server of `model_a` in float32; its control key, if any, comes by
 `SLIME_TEST_ENGINE_ADMIN_KEY`.
 """
 

@@ -1,4 +1,4 @@
-"""What a rollout relies on: seeds, stops, bias, batching, streams, aborts, and log-probs that hold when scored."""
+"""What a rollout relies on: seeds, stops, bias, batching, streams, aborts, log-probs true when scored."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Real requests and a real server's answers, replayed: same status, same keys, same shapes, same log-probs."""
+"""Real requests and a real server's answers, replayed: same status, keys, shapes and log-probs."""
 
 from typing import Any
 
