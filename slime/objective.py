@@ -1,7 +1,7 @@
 """What the trainer minimises: the clipped policy loss with the distillation term, a KL to the start, entropy.
 
-An `Objective` is the `loss_fn` of one optimizer step. It joins pure losses and knows nothing of arguments, models or
-ranks; every value it returns is this micro-batch's share of a mean over the global batch.
+An `Objective` is the `loss_fn` of one optimizer step. It joins pure losses and knows nothing of arguments,
+models or ranks; every value it returns is this micro-batch's share of a mean over the global batch.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Objective:
     def __call__(self, outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the metrics of one micro-batch, as shares of global means.
 
-        `pg_loss`, `opd_kl_loss`, `kl_loss` and `entropy_loss` are the terms as they enter the loss, in the loss's own
-        mean; the others are token means.
+        `pg_loss`, `opd_kl_loss`, `kl_loss` and `entropy_loss` are the terms as they enter the loss, in the
+        loss's own mean; the others are token means.
         """
         per_token = token_mean_weights(batch.loss_mask, self.num_tokens)
         weights = per_token

@@ -17,7 +17,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def create_backend(args: Args, rank: int, world_size: int) -> TrainBackend:
     """Join the process group and load the student; every rank calls it.
 
-    Reads `MASTER_ADDR` and `MASTER_PORT`, and `LOCAL_RANK`, the number of this rank's GPU among those it sees.
+    Reads `MASTER_ADDR` and `MASTER_PORT`, and `LOCAL_RANK`, the number of this rank's GPU among those it
+    sees.
 
     Raises:
         RuntimeError: one of these variables is not set.
@@ -28,12 +29,14 @@ def create_backend(args: Args, rank: int, world_size: int) -> TrainBackend:
 
     if args.train_backend != "fsdp":
         raise ValueError(
-            f"--train-backend {args.train_backend} given; this version trains with --train-backend fsdp alone."
+            f"--train-backend {args.train_backend} given; this version trains with --train-backend fsdp "
+            "alone."
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise RuntimeError(
-            f"{', '.join(missing)} not set in the environment of training rank {rank}; a process group needs them all."
+            f"{', '.join(missing)} not set in the environment of training rank {rank}; a process group needs "
+            "them all."
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """What a training backend promises: the same few verbs, whatever shards the model.
 
-A backend computes, it does not decide: it knows models, sharding and micro-batches; it knows nothing of rewards,
-teachers, advantages or rollouts. Those live in the `loss_fn` that it is handed.
+A backend computes, it does not decide: it knows models, sharding and micro-batches; it knows nothing of
+rewards, teachers, advantages or rollouts. Those live in the `loss_fn` that it is handed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ModelTag = Literal["student", "reference", "teacher"]
 class LossInputs(Protocol):
     """What a loss may ask of the model's outputs, at the P packed response tokens of one micro-batch.
 
-    All are differentiable, computed in chunks that are recomputed in the backward pass: no saved tensor is `[P, V]`.
+    All are differentiable, computed in chunks that are recomputed in the backward pass: no saved tensor is
+    `[P, V]`.
     """
 
     @property
@@ -45,10 +46,10 @@ class NonFiniteError(RuntimeError):
 
 
 LossFn = Callable[[LossInputs, "MicroBatch"], tuple[Tensor, Mapping[str, Tensor]]]
-"""(outputs, micro-batch) -> (loss, sums): the loss is this micro-batch's share of the global mean, already divided by
-the global denominator; it must depend on `outputs`, with weight zero where nothing is to be learned (a dummy, P = 0),
-so that every rank runs the same backward pass. The sums are detached scalars, under the same names in every
-micro-batch, that the backend adds up over micro-batches and ranks."""
+"""(outputs, micro-batch) -> (loss, sums): the loss is this micro-batch's share of the global mean, already
+divided by the global denominator; it must depend on `outputs`, with weight zero where nothing is to be
+learned (a dummy, P = 0), so that every rank runs the same backward pass. The sums are detached scalars, under
+the same names in every micro-batch, that the backend adds up over micro-batches and ranks."""
 
 
 class TrainBackend(Protocol):
@@ -62,7 +63,9 @@ class TrainBackend(Protocol):
         """Optimizer steps taken since the model's first weights."""
         ...
 
-    def compute_log_probs(self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student") -> list[Tensor]:
+    def compute_log_probs(
+        self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
+    ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, without gradient, on the CPU."""
         ...
 
@@ -77,7 +80,9 @@ class TrainBackend(Protocol):
         ...
 
     def optim_step(self) -> Metrics:
-        """Clip, step, advance the schedule, zero the gradients. Return `grad_norm` (before clipping) and `lr`.
+        """Clip, step, advance the schedule, zero the gradients.
+
+        Returns `grad_norm` (before clipping) and `lr`.
 
         Raises:
             NonFiniteError: on every rank, when the gradient norm is not finite.
@@ -85,10 +90,10 @@ class TrainBackend(Protocol):
         ...
 
     def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the full student weights as a Hugging Face folder holds them: names, layout, tied weights once.
+        """Yield the full student weights as a Hugging Face folder holds them: names, layout, tied ones once.
 
-        One tensor is gathered at a time, in a fixed order and in the precision that training computes in; it is valid
-        until the next one is asked for.
+        One tensor is gathered at a time, in a fixed order and in the precision that training computes in; it
+        is valid until the next one is asked for.
         """
         ...
 

@@ -1,9 +1,11 @@
 """Samples as tensors, and micro-batches made from them on the training rank.
 
-Here the wire form ends: one image pad per picture becomes as many as the model reads, and pictures become pixels.
-A loss sees only the flat response arrays [P]; how the rows above them are laid out is between here and the backend.
+Here the wire form ends: one image pad per picture becomes as many as the model reads, and pictures become
+pixels. A loss sees only the flat response arrays [P]; how the rows above them are laid out is between here
+and the backend.
 
-Shape letters: B samples, T tokens of the longest, P response tokens of all, I pictures, N patches, D values a patch.
+Shape letters: B samples, T tokens of the longest, P response tokens of all, I pictures, N patches, D values a
+patch.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class BatchProcessor(Protocol):
     """What batching reads of the processor."""
 
     image_token_id: int | None
+    """None where the tokenizer has no image pad."""
     merge_size: int
     image_processor: Any
 
@@ -58,7 +61,7 @@ class TrainSample:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One forward and backward pass of one rank. Without samples it is a dummy that keeps the ranks in step."""
+    """One forward and backward pass of one rank; without samples, a dummy that keeps the ranks in step."""
 
     sample_indices: tuple[int, ...]
     """`TrainSample.index` of each row."""
@@ -114,10 +117,11 @@ class MicroBatchBuilder:
         self._processed: dict[str, tuple[Tensor, Grid]] = {}
 
     def build(self, samples: Sequence[TrainSample]) -> MicroBatch:
-        """Lay the samples out as one right-padded micro-batch; none gives a dummy of two tokens without response.
+        """Lay the samples out as one right-padded micro-batch; none gives a dummy without response.
 
         Raises:
-            ValueError: a picture is missing or has another grid than its sample says, or pads do not fit pictures.
+            ValueError: a picture is missing or has another grid than its sample says, or pads do not fit
+            pictures.
         """
         rows = [self._expand(sample) for sample in samples]
         width = max((len(row) for row in rows), default=2)
@@ -142,13 +146,13 @@ class MicroBatchBuilder:
 
     def _expand(self, sample: TrainSample) -> Tensor:
         """Return the sample's ids [T] as the model reads them."""
-        ids = expand_image_pads(
-            sample.tokens.tolist(),
-            sample.image_grid_thw,
-            self._processor.image_token_id,
-            self._processor.merge_size,
+        pad = self._processor.image_token_id
+        if pad is None:
+            return sample.tokens
+        tokens, grids = sample.tokens.tolist(), sample.image_grid_thw
+        return torch.tensor(
+            expand_image_pads(tokens, grids, pad, self._processor.merge_size), dtype=torch.int64
         )
-        return torch.tensor(ids, dtype=torch.int64)
 
     def _image_tokens(self, input_ids: Tensor, attention_mask: Tensor, *, has_pictures: bool) -> Tensor:
         if not has_pictures:
@@ -174,15 +178,18 @@ class MicroBatchBuilder:
         if sha256 not in self._processed:
             if sha256 not in self._pictures:
                 raise ValueError(
-                    f"sample {index} needs picture {sha256[:12]}…, which is not among the {len(self._pictures)} pictures "
+                    f"sample {index} needs picture {sha256[:12]}…, which is not among the "
+                    f"{len(self._pictures)} pictures "
                     "of this rank's shard."
                 )
             self._processed[sha256] = _process_picture(self._pictures[sha256], self._processor)
         made = self._processed[sha256][1]
         if made != tuple(grid):
             raise ValueError(
-                f"sample {index} carries the grid {tuple(grid)} for picture {sha256[:12]}…, and the image processor "
-                f"makes {made} of its bytes; prompt and training must use the same processor and pixel limits."
+                f"sample {index} carries the grid {tuple(grid)} for picture {sha256[:12]}…, and the image "
+                "processor "
+                f"makes {made} of its bytes; prompt and training must use the same processor and pixel "
+                "limits."
             )
 
 
@@ -194,14 +201,15 @@ def _process_picture(png: bytes, processor: BatchProcessor) -> tuple[Tensor, Gri
     return features["pixel_values"], (t, h, w)
 
 
-def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], width: int) -> dict[str, Tensor | None]:
+def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], width: int) -> dict[str, Any]:
     """Return the flat arrays [P] of all samples' responses."""
     positions, ids, numbers = [], [], []
     for row, (sample, tokens) in enumerate(zip(samples, rows, strict=True)):
         length, response = len(tokens), sample.response_length
         if response >= length:
             raise ValueError(
-                f"sample {sample.index} has {length} tokens, {response} of them response; the first response token needs "
+                f"sample {sample.index} has {length} tokens, {response} of them response; the first response "
+                "token needs "
                 "a prompt token before it."
             )
         positions.append(torch.arange(length - response - 1, length - 1) + row * width)

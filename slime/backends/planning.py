@@ -21,8 +21,9 @@ def plan_micro_batches(
 ) -> Plan:
     """Spread samples over ranks by tokens, then cut each rank's share into micro-batches.
 
-    Every rank gets the same number of micro-batches; a rank that runs out of samples gets empty ones. Micro-batches
-    run from long to short on every rank, so ranks that work side by side have work of like size.
+    Every rank gets the same number of micro-batches; a rank that runs out of samples gets empty ones.
+    Micro-batches run from long to short on every rank, so ranks that work side by side have work of like
+    size.
 
     Args:
         lengths: tokens of each sample, pictures expanded.
@@ -51,7 +52,7 @@ def plan_micro_batches(
 
 
 def _spread(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Give each sample, longest first, to the rank with the fewest tokens; each share runs from long to short."""
+    """Give each sample, longest first, to the rank with the fewest tokens; shares run from long to short."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [(0, rank) for rank in range(num_ranks)]
     for index in _long_to_short(range(len(lengths)), lengths):
@@ -77,7 +78,7 @@ def _fill_by_tokens(share: Sequence[int], lengths: Sequence[int], max_tokens: in
 
 
 def _split_up_to(batches: list[list[int]], count: int, lengths: Sequence[int]) -> list[list[int]]:
-    """Halve the largest micro-batch until there are `count`, or none has two samples; then append empty ones."""
+    """Halve the largest micro-batch until there are `count` or none has two samples; then add empty ones."""
     while len(batches) < count:
         largest = max(
             (batch for batch in batches if len(batch) > 1),

@@ -1,6 +1,7 @@
 """Advantages of the task-reward stream, over a whole rollout.
 
-They see rewards alone: the distillation term is added later, token by token, and is never normalised with them.
+They see rewards alone: the distillation term is added later, token by token, and is never normalised with
+them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ _EPSILON = 1e-6
 
 
 def group_normalized(rewards: Tensor, groups: Tensor, *, divide_by_std: bool) -> Tensor:
-    """Return each reward less its group's mean, over the group's standard deviation where asked: [N], [N] -> [N].
+    """Return each reward less its group's mean, over the group's deviation where asked: [N], [N] -> [N].
 
     The standard deviation is the unbiased one; a group of one or of equal rewards has advantage 0.
 
@@ -25,7 +26,9 @@ def group_normalized(rewards: Tensor, groups: Tensor, *, divide_by_std: bool) ->
         ValueError: the lengths differ.
     """
     if rewards.shape != groups.shape:
-        raise ValueError(f"{rewards.numel()} rewards and {groups.numel()} group numbers given; one each a sample.")
+        raise ValueError(
+            f"{rewards.numel()} rewards and {groups.numel()} group numbers given; one each a sample."
+        )
     _, rows, counts = groups.unique(return_inverse=True, return_counts=True)
     means = rewards.new_zeros(counts.numel()).index_add(0, rows, rewards) / counts
     centered = rewards - means[rows]
@@ -37,7 +40,7 @@ def group_normalized(rewards: Tensor, groups: Tensor, *, divide_by_std: bool) ->
 
 
 def discounted_returns(reward: float, loss_mask: Tensor, gamma: float) -> Tensor:
-    """Return what each token will still earn, [R] -> [R]: the reward falls on the last token that is trained on.
+    """Return what each token will still earn, [R] -> [R]: the reward falls on the last trained token.
 
     Tokens after it earn nothing. With `gamma` 1 every token before it has the whole reward.
     """
@@ -52,7 +55,7 @@ def discounted_returns(reward: float, loss_mask: Tensor, gamma: float) -> Tensor
 
 
 def whitened(values: Tensor, mask: Tensor) -> Tensor:
-    """Return `values` shifted and scaled to mean 0 and variance 1 over the tokens with mask 1: [N], [N] -> [N].
+    """Return `values` with mean 0 and variance 1 over the tokens with mask 1: [N], [N] -> [N].
 
     Values that are all equal become 0, so a rollout without task reward stays without.
     """

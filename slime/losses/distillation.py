@@ -1,7 +1,8 @@
 """On-policy distillation as a per-token advantage.
 
-A token sampled from the student and scored under the teacher gives `log pi_S - log pi_T`, a one-sample estimate of the
-reverse KL of its position. With its negative as an advantage, the policy gradient is the gradient of that KL.
+A token sampled from the student and scored under the teacher gives `log pi_S - log pi_T`, a one-sample
+estimate of the reverse KL of its position. With its negative as an advantage, the policy gradient is the
+gradient of that KL.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def reverse_kl(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """
     if log_probs.shape != teacher_log_probs.shape:
         raise ValueError(
-            f"student log-probs {tuple(log_probs.shape)} and teacher log-probs {tuple(teacher_log_probs.shape)} given; "
+            f"student log-probs {tuple(log_probs.shape)} and teacher log-probs "
+            f"{tuple(teacher_log_probs.shape)} given; "
             "both must cover exactly the response tokens."
         )
     return log_probs.detach() - teacher_log_probs.detach()

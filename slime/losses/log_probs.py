@@ -1,7 +1,7 @@
 """Log-probs and entropy of chosen positions straight from hidden states, without ever holding all logits.
 
-The LM head runs over chunks of positions, in the forward pass and once more in the backward pass. What is saved in
-between is the hidden states, the head and one number a position: no tensor of shape [P, V] exists.
+The LM head runs over chunks of positions, in the forward pass and once more in the backward pass. What is
+saved in between is the hidden states, the head and one number a position: no tensor of shape [P, V] exists.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def chunked_log_probs(
         ids: int64 [P, K], the tokens asked for at each position.
         chunk_size: positions whose logits exist at the same time.
 
-    The products with the head run in the dtype of `hidden`; softmax and sums run in float32, or in float64 where
-    `hidden` is float64.
+    The products with the head run in the dtype of `hidden`; softmax and sums run in float32, or in float64
+    where `hidden` is float64.
 
     Raises:
         ValueError: the shapes do not fit, or the chunk size is below 1.
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
-            f"hidden states {tuple(hidden.shape)} and LM head {tuple(head.shape)} given; [P, H] and [V, H] with the "
+            f"hidden states {tuple(hidden.shape)} and LM head {tuple(head.shape)} given; [P, H] and [V, H] "
+            "with the "
             "same H are needed."
         )
     if ids.ndim != 2 or ids.shape[0] != hidden.shape[0]:
@@ -74,7 +75,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Recompute each chunk's logits and push its gradient through the head."""

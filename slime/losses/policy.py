@@ -24,8 +24,8 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """Return `max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A)` with `r = pi / pi_old`; inputs are [P].
 
-    With `old_log_probs = log_probs.detach()` the ratio is 1 and its gradient is the plain policy gradient. No gradient
-    flows to `old_log_probs` or `advantages`.
+    With `old_log_probs = log_probs.detach()` the ratio is 1 and its gradient is the plain policy gradient. No
+    gradient flows to `old_log_probs` or `advantages`.
     """
     advantages = advantages.detach()
     ratio = (log_probs - old_log_probs.detach()).exp()

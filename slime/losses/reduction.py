@@ -1,7 +1,7 @@
 """From per-token values to this micro-batch's share of a mean over the global batch.
 
-The denominators count over all ranks and micro-batches and come from outside, so shares add up to the exact mean
-however the batch was split.
+The denominators count over all ranks and micro-batches and come from outside, so shares add up to the exact
+mean however the batch was split.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def token_mean_weights(loss_mask: Tensor, num_tokens: float) -> Tensor:
 def sample_mean_weights(loss_mask: Tensor, sample_rows: Tensor, num_samples: float) -> Tensor:
     """Return the weights [P] of a mean over samples of each sample's own token mean.
 
-    `sample_rows` int64 [P] numbers the sample within the micro-batch that a token belongs to; a sample lies whole in
-    one micro-batch. `num_samples` counts the samples of the global batch that have a loss token.
+    `sample_rows` int64 [P] numbers the sample within the micro-batch that a token belongs to; a sample lies
+    whole in one micro-batch. `num_samples` counts the samples of the global batch that have a loss token.
 
     Raises:
         ValueError: the denominator is not positive.
@@ -37,7 +37,7 @@ def sample_mean_weights(loss_mask: Tensor, sample_rows: Tensor, num_samples: flo
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum of `values * weights`, [P], [P] -> scalar; a value without weight cannot spoil it, NaN included."""
+    """Return the sum of `values * weights`, [P], [P] -> scalar; a value of weight 0 is ignored, NaN too."""
     return (torch.where(weights != 0, values, 0) * weights).sum()
 
 

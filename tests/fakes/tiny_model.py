@@ -25,8 +25,9 @@ def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path
     """Write a float32 Qwen3-VL with random weights."""
     config = build_config(build_tokenizer())
     config.tie_word_embeddings = tied
-    config.text_config.tie_word_embeddings = tied
-    config.text_config.vocab_size = VOCABULARY
+    text = config.get_text_config()
+    text.tie_word_embeddings = tied
+    text.vocab_size = VOCABULARY
     torch.manual_seed(seed)
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
     save_processor(folder)

@@ -1,4 +1,4 @@
-"""Logits of a whole batch never exist: no tensor kept for the backward pass has a row of V for each position."""
+"""Logits of a whole batch never exist: no tensor kept for the backward pass is [P, V]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distillation signal is what it claims to be: its expected policy gradient is the gradient of the reverse KL.
+"""The distillation signal is what it claims to be: its expected gradient is that of the reverse KL.
 
 By full enumeration: every response over a small vocabulary and length, weighted by its exact probability.
 """

@@ -25,7 +25,9 @@ class Outputs:
 
 
 def outputs() -> Outputs:
-    return Outputs(torch.tensor([-1.0, -2.0, -3.0], requires_grad=True), torch.full((3,), 0.5, requires_grad=True))
+    return Outputs(
+        torch.tensor([-1.0, -2.0, -3.0], requires_grad=True), torch.full((3,), 0.5, requires_grad=True)
+    )
 
 
 def batch(**parts: Any) -> MicroBatch:
@@ -48,7 +50,13 @@ def batch(**parts: Any) -> MicroBatch:
 
 
 def objective(**parts: Any) -> Objective:
-    defaults = {"num_tokens": 4, "num_samples": 3, "mean_over_tokens": True, "eps_clip": 0.2, "eps_clip_high": 0.2}
+    defaults = {
+        "num_tokens": 4,
+        "num_samples": 3,
+        "mean_over_tokens": True,
+        "eps_clip": 0.2,
+        "eps_clip_high": 0.2,
+    }
     return Objective(**{**defaults, "opd_kl_coef": 0.5, **parts})
 
 
@@ -82,7 +90,9 @@ def test_the_terms_add_up_to_the_loss() -> None:
 
 def test_later_steps_use_the_old_log_probs() -> None:
     """The advantage is that of the policy that sampled; the ratio moves, and is clipped."""
-    given = batch(old_log_probs=torch.tensor([-2.0, 0.0, -3.0]), teacher_log_probs=torch.tensor([-1.0, 0.0, -3.0]))
+    given = batch(
+        old_log_probs=torch.tensor([-2.0, 0.0, -3.0]), teacher_log_probs=torch.tensor([-1.0, 0.0, -3.0])
+    )
     loss, metrics = objective()(outputs(), given)
     assert metrics["opd_reverse_kl"].item() == pytest.approx(-1 / 4)
     assert metrics["pg_clipfrac"].item() == pytest.approx(1 / 4)

@@ -35,7 +35,9 @@ def test_shards_share_samples_denominators_and_counts() -> None:
     samples, pictures = make_samples(8)
     built = shards(samples, pictures, "--micro-batch-size", "2", ranks=3)
     assert sorted(index for shard in built for index in trained(shard)) == list(range(8))
-    assert {shard.steps[0].num_tokens for shard in built} == {sum(sum(sample.loss_mask or []) for sample in samples)}
+    assert {shard.steps[0].num_tokens for shard in built} == {
+        sum(sum(sample.loss_mask or []) for sample in samples)
+    }
     assert {shard.steps[0].num_samples for shard in built} == {8}
     assert len({len(shard.steps[0].micro_batches) for shard in built}) == 1
     for shard in built:
@@ -166,7 +168,10 @@ def no_reward(sample: Sample) -> None:
     ("spoiled", "message"),
     [
         (set_field("teacher_log_probs", None), r"sample 3 \(\d+ response tokens\) has no teacher_log_probs"),
-        (set_field("teacher_log_probs", torch.zeros(99)), r"sample 3 has 99 values in teacher_log_probs and a resp"),
+        (
+            set_field("teacher_log_probs", torch.zeros(99)),
+            r"sample 3 has 99 values in teacher_log_probs and a resp",
+        ),
         (set_field("rollout_log_probs", [0.0] * 98), r"sample 3 has 98 values in rollout_log_probs"),
         (set_field("loss_mask", [1] * 97), r"sample 3 has 97 values in loss_mask"),
         (nan_score, r"sample 3 has teacher_log_probs\[1\] = nan"),

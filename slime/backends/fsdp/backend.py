@@ -74,17 +74,22 @@ class FsdpBackend:
         return self._steps
 
     @torch.no_grad()
-    def compute_log_probs(self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student") -> list[Tensor]:
+    def compute_log_probs(
+        self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
+    ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, on the CPU."""
         policy = self._model(model)
-        return [policy(batch.to(self._device), lambda outputs: outputs.log_probs).cpu() for batch in micro_batches]
+        return [
+            policy(batch.to(self._device), lambda outputs: outputs.log_probs).cpu() for batch in micro_batches
+        ]
 
     def _model(self, model: ModelTag) -> PolicyModel:
         if model == "student":
             return self._student
         if model == "teacher":
             raise ValueError(
-                "--opd-type megatron loads the teacher inside Megatron; with --train-backend fsdp serve it and use "
+                "--opd-type megatron loads the teacher inside Megatron; with --train-backend fsdp serve it "
+                "and use "
                 "--opd-type sglang."
             )
         if self._reference is None:
@@ -92,7 +97,7 @@ class FsdpBackend:
         return self._reference
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:
-        """Accumulate the gradients of all micro-batches; return the sums over all ranks, `loss` among them."""
+        """Accumulate the gradients of all micro-batches; return sums over all ranks, `loss` among them."""
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for batch in micro_batches:
@@ -119,7 +124,7 @@ class FsdpBackend:
         return dict(zip(names, values.tolist(), strict=True))
 
     def _require_finite(self, total: float, losses: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-        """Raise on every rank if any rank's loss is not finite: the total over the ranks then is not either."""
+        """Raise on every rank if any rank's loss is not finite: the total over ranks then is not either."""
         if torch.isfinite(torch.tensor(total)):
             return
         bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]

@@ -1,4 +1,4 @@
-"""Model and optimizer on disk, in torch's distributed format: any number of ranks may read what any number wrote."""
+"""Model and optimizer on disk in torch's distributed format, which any number of ranks may read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -14,11 +13,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def save_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Write each rank's shards and the number of steps taken below `path`. Collective."""
-    dcp.save(_state(model, optimizer, steps), checkpoint_id=path)
+    save(_state(model, optimizer, steps), checkpoint_id=path)
 
 
 def load_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -29,10 +30,11 @@ def load_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     if not (path / ".metadata").is_file():
         raise FileNotFoundError(
-            f"no training checkpoint at {path}: its .metadata file is not there. --load takes a folder that --save wrote."
+            f"no training checkpoint at {path}: its .metadata file is not there. --load takes a folder that "
+            "--save wrote."
         )
     state = _state(model, optimizer, 0)
-    dcp.load(state, checkpoint_id=path)
+    load(state, checkpoint_id=path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return int(state["steps"])

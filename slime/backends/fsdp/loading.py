@@ -1,12 +1,13 @@
 """Builds a sharded model from a Hugging Face checkpoint.
 
-Every rank builds it without memory and shards it; rank 0 alone reads the files and hands each rank its part, so a
-node never holds more than one full copy beside the shards.
+Every rank builds it without memory and shards it; rank 0 alone reads the files and hands each rank its part,
+so a node never holds more than one full copy beside the shards.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,16 @@ def load_policy(
     freeze_vision_tower: bool = False,
     gradient_checkpointing: bool = False,
 ) -> PolicyModel:
-    """Return the model at `path` sharded over `mesh`: float32 where it is trained, `compute_dtype` while it computes.
+    """Return the model at `path` sharded over `mesh`.
 
-    A model that is not trained (`trainable=False`) is stored in `compute_dtype`. Collective: every rank calls it.
+    Its weights are float32 where it is trained and gathered in `compute_dtype`.
+    A model that is not trained (`trainable=False`) is stored in `compute_dtype`. Collective: every rank calls
+    it.
     """
     config = AutoConfig.from_pretrained(path)
-    config.get_text_config().attention_dropout = 0.0  # the log-probs of one forward pass must be those of the next
+    config.get_text_config().attention_dropout = (
+        0.0  # the log-probs of one forward pass must be those of the next
+    )
     auto_class = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     storage_dtype = torch.float32 if trainable else compute_dtype
     with torch.device("meta"):
@@ -79,7 +84,10 @@ def _read_on_rank_zero(
 
 def _distribute(hf: nn.Module, source: tuple[dict[str, Tensor], list[Tensor]] | None) -> None:
     """Copy rank 0's weights and buffers into the shards of every rank."""
-    state, buffers = source if source is not None else ({}, [])
+    state: dict[str, Any] = {}
+    buffers: list[Tensor] = []
+    if source is not None:
+        state, buffers = dict(source[0]), source[1]
     set_model_state_dict(
         hf, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     )

@@ -1,13 +1,13 @@
 """A Hugging Face model whose forward pass ends in a loss over response positions.
 
-The loss runs inside the forward pass, so everything that touches parameters, the LM head included, lies between
-FSDP's gather and release. The LM head never sees a prompt position.
+The loss runs inside the forward pass, so everything that touches parameters, the LM head included, lies
+between FSDP's gather and release. The LM head never sees a prompt position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class PolicyModel(nn.Module):
-    """The root module that FSDP shards: `forward(batch, use)` calls `use` with the model's response outputs."""
+    """The root module that FSDP shards: `forward(batch, use)` calls `use` with the response outputs."""
 
     def __init__(self, hf: PreTrainedModel, chunk_size: int) -> None:
         """Wrap `hf`, a causal language model with or without a vision tower."""
@@ -39,16 +39,17 @@ class PolicyModel(nn.Module):
         """Return `use(outputs)`, outputs being those of the P response positions of `batch`."""
         hidden = self._hidden_states(batch)  # [B, T, H]
         hidden = hidden.flatten(0, 1).index_select(0, batch.response_positions)  # [P, H]
-        head = self.hf.get_output_embeddings()
+        head: Any = self.hf.get_output_embeddings()
         return use(ResponseOutputs(hidden, head.weight, batch.response_ids, self._chunk_size))
 
     def _hidden_states(self, batch: MicroBatch) -> Tensor:
         """Return the last hidden states [B, T, H]."""
-        model = self.hf.base_model
+        model: Any = self.hf.base_model
         if self.vision_tower is None:
             if batch.picture_rows:
                 raise ValueError(
-                    f"samples {batch.sample_indices} carry pictures and {type(self.hf).__name__} has no vision tower; "
+                    f"samples {batch.sample_indices} carry pictures and {type(self.hf).__name__} has no "
+                    "vision tower; "
                     "train a vision-language model, or drop --multimodal-keys."
                 )
             return model(
@@ -56,7 +57,7 @@ class PolicyModel(nn.Module):
             ).last_hidden_state
         if not batch.picture_rows:
             return self._text_beside_idle_tower(batch)
-        features, grids = self._image_features(batch)
+        features, grids = _image_features(model, batch)
         return model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -66,24 +67,13 @@ class PolicyModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def _image_features(self, batch: MicroBatch) -> tuple[BaseModelOutputWithDeepstackFeatures, Tensor]:
-        """Encode each distinct picture once; return features and grids [I, 3] of every image in the batch."""
-        features = self.hf.base_model.get_image_features(
-            batch.pixel_values, batch.picture_grids, return_dict=True
-        )
-        rows = batch.picture_rows
-        spread = BaseModelOutputWithDeepstackFeatures(
-            pooler_output=[features.pooler_output[row] for row in rows],
-            deepstack_features=[[level[row] for row in rows] for level in features.deepstack_features],
-        )
-        return spread, batch.picture_grids[list(rows)]
-
     def _text_beside_idle_tower(self, batch: MicroBatch) -> Tensor:
-        """Run the vision tower on a blank patch times zero, then the text: ranks gather the same parameters in step.
+        """Run the vision tower on a blank picture times zero, then the text, so that ranks gather in step.
 
         Text positions are plain counts, which is what mRoPE comes to without a picture.
         """
-        model, config = self.hf.base_model, self.hf.config.vision_config
+        model: Any = self.hf.base_model
+        config = self.hf.config.vision_config
         merge, device = config.spatial_merge_size, batch.input_ids.device
         patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
         features = model.get_image_features(
@@ -97,3 +87,15 @@ class PolicyModel(nn.Module):
         return model.language_model(
             inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False
         ).last_hidden_state
+
+
+def _image_features(model: Any, batch: MicroBatch) -> tuple[BaseModelOutputWithDeepstackFeatures, Tensor]:
+    """Encode each distinct picture once; return features and grids [I, 3] of every image in the batch."""
+    if batch.pixel_values is None or batch.picture_grids is None:
+        raise ValueError(f"samples {batch.sample_indices} carry pictures and their micro-batch no pixels.")
+    features = model.get_image_features(batch.pixel_values, batch.picture_grids, return_dict=True)
+    rows = list(batch.picture_rows)
+    pooled: Any = [features.pooler_output[row] for row in rows]
+    deepstack: Any = [[level[row] for row in rows] for level in features.deepstack_features]
+    spread = BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
+    return spread, batch.picture_grids[rows]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 
 def build_adamw(
@@ -29,9 +30,8 @@ def local_gradients(model: nn.Module) -> list[Tensor]:
 
 def global_norm(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Return the 2-norm over all pieces of all ranks. Collective."""
-    norms = torch._foreach_norm([piece for piece in pieces if piece.numel()])
-    square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
-    square = square.to(device)
+    local = get_total_norm([piece for piece in pieces if piece.numel()])
+    square = local.to(device, torch.float64).square()
     dist.all_reduce(square)
     return square.sqrt()
 
@@ -39,4 +39,5 @@ def global_norm(pieces: list[Tensor], device: torch.device) -> Tensor:
 def clip_by_norm(pieces: list[Tensor], norm: float, limit: float) -> None:
     """Scale all pieces so that the global norm is at most `limit`; 0 does not clip."""
     if limit > 0 and norm > limit:
-        torch._foreach_mul_(pieces, limit / norm)
+        for piece in pieces:
+            piece.mul_(limit / norm)

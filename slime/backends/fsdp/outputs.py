@@ -35,6 +35,8 @@ class ResponseOutputs:
     def _pass(self) -> tuple[Tensor, Tensor]:
         """Run the LM head once for both log-probs and entropy."""
         if self._sampled is None:
-            log_probs, entropy = chunked_log_probs(self._hidden, self._head, self._ids[:, None], self._chunk_size)
+            log_probs, entropy = chunked_log_probs(
+                self._hidden, self._head, self._ids[:, None], self._chunk_size
+            )
             self._sampled = log_probs[:, 0], entropy
         return self._sampled

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +56,11 @@ def test_pads_expand_and_each_picture_is_processed_once(processor: Any) -> None:
         pictures[sha256] = png
     one = {"image_hashes": (hashes[1],), "image_grid_thw": (grids[1],)}
     both = {"image_hashes": tuple(hashes), "image_grid_thw": tuple(grids)}
-    samples = [sample(0, [7, pad, 8, 9], 2, **one), sample(1, [pad, pad, 9], 1, **both), sample(2, [50, 51], 1)]
+    samples = [
+        sample(0, [7, pad, 8, 9], 2, **one),
+        sample(1, [pad, pad, 9], 1, **both),
+        sample(2, [50, 51], 1),
+    ]
     builder = MicroBatchBuilder(processor, pictures)
     batch = builder.build(samples)
     short, long = (t * h * w // 4 for t, h, w in grids)
@@ -134,9 +137,7 @@ def test_a_missing_picture_is_named(processor: Any) -> None:
 
 def test_another_grid_than_the_processors_is_refused(processor: Any) -> None:
     sha256, png, grid = make_picture(0)
-    wrong = sample(
-        3, [processor.image_token_id, 2], 1, image_hashes=(sha256,), image_grid_thw=((1, 2, 2),)
-    )
+    wrong = sample(3, [processor.image_token_id, 2], 1, image_hashes=(sha256,), image_grid_thw=((1, 2, 2),))
     with pytest.raises(ValueError, match=r"sample 3 carries the grid \(1, 2, 2\)") as error:
         MicroBatchBuilder(processor, {sha256: png}).build([wrong])
     assert str(grid) in str(error.value)

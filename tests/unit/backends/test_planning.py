@@ -22,7 +22,9 @@ def test_every_sample_once_equal_counts_within_the_limit(
     assert len(plan) == ranks
     assert len({len(batches) for batches in plan}) == 1
     assert len(plan[0]) >= 1
-    assert sorted(index for batches in plan for batch in batches for index in batch) == list(range(len(lengths)))
+    assert sorted(index for batches in plan for batch in batches for index in batch) == list(
+        range(len(lengths))
+    )
     for batch in (batch for batches in plan for batch in batches if batch):
         if by_tokens:
             assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= limit

@@ -107,6 +107,4 @@ def test_wrong_shapes_are_named(
     hidden: tuple[int, ...], head: tuple[int, ...], ids: tuple[int, ...], chunk: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        chunked_log_probs(
-            torch.zeros(hidden), torch.zeros(head), torch.zeros(ids, dtype=torch.int64), chunk
-        )
+        chunked_log_probs(torch.zeros(hidden), torch.zeros(head), torch.zeros(ids, dtype=torch.int64), chunk)

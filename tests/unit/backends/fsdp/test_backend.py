@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from slime.backends.base import LossInputs, NonFiniteError
 from slime.backends.batching import MicroBatch, MicroBatchBuilder
+from slime.backends.fsdp.backend import FsdpBackend
 from slime.tiny.paths import checkpoint_path
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -83,7 +85,9 @@ def test_a_text_model_trains_and_refuses_pictures(text_model: Path) -> None:
         (log_probs,) = backend.compute_log_probs([batch])
         expected = plain_log_probs(reference, batch, None, pictures)
         torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
-        with pytest.raises(ValueError, match=r"samples \(0, .* carry pictures and Qwen3ForCausalLM has no vision"):
+        with pytest.raises(
+            ValueError, match=r"samples \(0, .* carry pictures and Qwen3ForCausalLM has no vision"
+        ):
             backend.compute_log_probs([replace(batch, sample_indices=(0, 1), picture_rows=(0,))])
 
 
@@ -137,6 +141,12 @@ def test_gradient_checkpointing_and_frozen_towers(vision_model: Path) -> None:
     assert frozen.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"], abs=1e-6)
 
 
+def master_weights(backend: FsdpBackend) -> list[Tensor]:
+    """Return copies of the weights as they are stored between steps."""
+    sharded = [parameter.data for parameter in backend._student.parameters()]
+    return [shard.full_tensor().clone() for shard in sharded if isinstance(shard, DTensor)]
+
+
 def test_bfloat16_computes_in_half_and_steps_in_float32(vision_model: Path) -> None:
     """A step far below bfloat16's resolution still moves the master weights."""
     samples, pictures = make_samples(4)
@@ -144,10 +154,10 @@ def test_bfloat16_computes_in_half_and_steps_in_float32(vision_model: Path) -> N
     args = make_args(vision_model, *flags, "--train-dtype", "bfloat16", samples=4)
     exact = train(vision_model, Job(flags, samples, pictures))
     with joined(args) as backend:
-        before = [parameter.full_tensor().clone() for parameter in backend._student.parameters()]
+        before = master_weights(backend)
         shard = build_shards(args, samples, pictures, 1, 0)[0]
         metrics = Trainer(args, backend, load_processor(vision_model)).train(0, shard)
-        after = [parameter.full_tensor() for parameter in backend._student.parameters()]
+        after = master_weights(backend)
         exported = dict(backend.hf_named_parameters())
     assert {tensor.dtype for tensor in after} == {torch.float32}
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
@@ -195,7 +205,10 @@ def nan_in_second(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, dict[
 
 def test_a_loss_that_is_not_finite_names_its_micro_batch(vision_model: Path) -> None:
     samples, pictures = make_samples(4)
-    batches = [make_batch(vision_model, samples[:2], pictures), make_batch(vision_model, samples[2:], pictures)]
+    batches = [
+        make_batch(vision_model, samples[:2], pictures),
+        make_batch(vision_model, samples[2:], pictures),
+    ]
     with joined(make_args(vision_model, *DISTILL)) as backend:
         before = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
         with pytest.raises(NonFiniteError, match=r"rank 0, micro-batch 1 \(samples \[(2, 3|3, 2)\]\)$"):
@@ -211,7 +224,9 @@ def test_a_gradient_that_is_not_finite_is_not_stepped(vision_model: Path) -> Non
     samples, pictures = make_samples(4)
     batch = make_batch(vision_model, samples, pictures)
     with joined(make_args(vision_model, *DISTILL)) as backend:
-        backend.forward_backward([batch], lambda outputs, batch: ((outputs.log_probs * 0).abs().sqrt().sum(), {}))
+        backend.forward_backward(
+            [batch], lambda outputs, batch: ((outputs.log_probs * 0).abs().sqrt().sum(), {})
+        )
         with pytest.raises(NonFiniteError, match="gradient norm is nan"):
             backend.optim_step()
 

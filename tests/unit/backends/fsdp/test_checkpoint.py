@@ -20,8 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(rollouts: int, load: Path | None = None, save: Path | None = None) -> Job:
     samples, pictures = make_samples(4)
-    where = {name: str(path) for name, path in (("load", load), ("save", save)) if path is not None}
-    return Job(FLAGS, samples, pictures, rollouts=rollouts, **where)
+    return Job(FLAGS, samples, pictures, rollouts, load=load and str(load), save=save and str(save))
 
 
 def assert_goes_on(resumed: Outcome, whole: Outcome) -> None:
@@ -54,5 +53,8 @@ def test_the_step_count_comes_back(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
-    with joined(make_args(model, *DISTILL)) as backend, pytest.raises(FileNotFoundError, match="--load takes"):
+    with (
+        joined(make_args(model, *DISTILL)) as backend,
+        pytest.raises(FileNotFoundError, match="--load takes"),
+    ):
         backend.load_checkpoint(tmp_path)
