@@ -63,8 +63,7 @@ class ScoreMismatchError(EngineError, ValueError):
 
 
 def collapse_image_pads(tokens: Sequence[int], image_token_id: int) -> list[int]:
-    """Return the wire form of a prompt: each run of image pads becomes the one pad that a server expands
-    itself."""
+    """Return the wire form of a prompt: each run of image pads becomes one, which the server expands."""
     wire: list[int] = []
     for token, run in groupby(tokens):
         wire.extend([token] if token == image_token_id else run)
@@ -81,8 +80,7 @@ def sampling_params(
     stop_token_ids: Sequence[int] | None = None,
     banned_ids: Sequence[int] = (),
 ) -> JsonDict:
-    """Build SGLang's `sampling_params`. The server refuses unknown keys, so only keys that matter are
-    sent."""
+    """Build SGLang's `sampling_params`, which may hold no key that the server does not know."""
     params: JsonDict = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

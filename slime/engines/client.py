@@ -55,8 +55,7 @@ class Endpoint:
 
 
 class EngineClient:
-    """Talks to one server, or to several that serve the same model. Belongs to the event loop that first uses
-    it."""
+    """Talks to one server, or to several of the same model. Belongs to the event loop that first uses it."""
 
     def __init__(
         self,
@@ -114,8 +113,7 @@ class EngineClient:
     # ---- data ----
 
     def endpoint_for(self, group: Hashable | None = None) -> Endpoint:
-        """Choose a server: the least loaded, and for all requests of one group the same (its prefix is cached
-        there)."""
+        """Choose the least loaded server; all requests of a group go to one, where its prefix is cached."""
         known = self._groups.get(group) if group is not None else None
         if known is not None:
             return known
@@ -156,8 +154,7 @@ class EngineClient:
         await self._control("POST", "/continue_generation", {})
 
     async def flush_cache(self, *, patience: float = 30.0) -> None:
-        """Forget all KV caches. A server refuses (400) while requests are pending: ask again for `patience`
-        seconds."""
+        """Forget all KV caches. A server with pending requests refuses: ask again for `patience` seconds."""
         await asyncio.gather(*(self._flush(endpoint, patience) for endpoint in self.endpoints))
 
     async def update_weights_from_disk(self, path: str, version: str) -> None:

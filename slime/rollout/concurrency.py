@@ -10,8 +10,7 @@ T = TypeVar("T")
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all at once and return their results in order. The first failure cancels the others and is raised
-    alone."""
+    """Run all at once; return their results in order. The first failure cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]

@@ -58,8 +58,7 @@ servers."""
 
 
 async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
-    """Sample a continuation of `sample.tokens`; the default of `--custom-generate-function-path`, and of its
-    form.
+    """Sample a continuation of `sample.tokens`, in the form of `--custom-generate-function-path`.
 
     A custom function may call it more than once: the response grows by each answer.
 
@@ -90,8 +89,7 @@ def _append(sample: Sample, answer: GenerateAnswer) -> None:
 
 
 def _check_prompt(sample: Sample, answer: GenerateAnswer, facts: ModelFacts) -> None:
-    """Compare the engine's count of the expanded prompt with ours: the picture must have arrived, at our
-    grid."""
+    """Compare the engine's count of prompt tokens with ours: the picture must arrive, at our grid."""
     grids = (sample.multimodal_train_inputs or {}).get("image_grid_thw")
     if grids is None or facts.image_token_id is None:
         return
@@ -104,8 +102,7 @@ def _check_prompt(sample: Sample, answer: GenerateAnswer, facts: ModelFacts) -> 
 
 
 def sampling_seed(run_seed: int, label: str, sample_index: int) -> int:
-    """Return a sample's own seed, 31 bits: the same in every run of this seed, whatever else happens in the
-    run."""
+    """Return a sample's own seed, 31 bits, which depends on nothing else that happens in a run."""
     digest = hashlib.blake2b(f"{run_seed}/{label}/{sample_index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -133,8 +130,7 @@ async def generate_all(
     after: Callable[[Sample], Awaitable[None]],
     function: GenerateFunction = generate,
 ) -> list[Sample]:
-    """Answer all samples at once (the client bounds how many are in flight), and call `after` as each answer
-    ends.
+    """Answer all samples at once, the client bounding how many are in flight; call `after` as each ends.
 
     Args:
         args: handed to `function`.

@@ -65,13 +65,11 @@ class RolloutManager:
         return self._run(self._generate(rollout_id))
 
     def evaluate(self, rollout_id: int, who: Literal["student", "teacher"] = "student") -> dict[str, float]:
-        """Return the accuracy on `--eval-prompt-data` of the student's engines, or of the server at
-        `--rm-url`."""
+        """Return the held-out accuracy of the student's engines, or of the server at `--rm-url`."""
         return self._run(self._evaluate(who))
 
     def update_weights(self, path: str, version: str) -> None:
-        """Load the checkpoint folder at `path` into every engine; what is generated from now on is of
-        `version`."""
+        """Load the checkpoint folder at `path` into every engine, as `version`."""
         self._run(self._update_weights(path, version))
 
     def state_dict(self) -> dict[str, Any]:

@@ -181,8 +181,7 @@ class _Request:
 
     tokens: list[int]
     prompt_length: int
-    """P, expanded, where `exact`; otherwise a lower bound: scores are then read from the end of a longer
-    list."""
+    """P, expanded, where `exact`; else a lower bound: scores are read from the end of a longer list."""
     exact: bool
     image_pads: int | None
     image_tokens: int
@@ -219,7 +218,6 @@ def _images(sample: Sample) -> Sequence[Any]:
 
 
 def _grids(sample: Sample) -> list[tuple[int, ...]] | None:
-    """Return the (t, h, w) of each picture, from a list or (upstream) a tensor; None where the sample has
-    none."""
+    """Return the (t, h, w) of each picture, from a list or (upstream) a tensor; None without any."""
     grids = (sample.multimodal_train_inputs or {}).get("image_grid_thw")
     return None if grids is None else [tuple(int(side) for side in grid) for grid in grids]

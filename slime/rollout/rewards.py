@@ -2,7 +2,8 @@
 
 `judge` runs as each response ends, beside the generation of the others; `finish` once per rollout. Afterwards
 a sample holds numbers alone: `teacher_log_probs`, and in its metadata `task_reward` (the rule's grade),
-`raw_reward` and `train_reward` (the plugin's). Advantages are the trainer's business.
+`raw_reward` and `plugin_reward` (what post-processing returned), and `train_reward`, which is `plugin_reward`
+plus `--task-reward-weight` times the grade. Advantages are the trainer's business.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ class Rewards:
         self._post_process = self._post_process_function()
 
     def _reward_function(self) -> RewardFunction | None:
-        """Return the plugin; without one the teacher scores where there is one, else the rule alone
-        judges."""
+        """Return the plugin; without one the teacher scores, and without a teacher the rule judges."""
         if self._args.custom_rm_path is not None:
             return load_function(self._args.custom_rm_path, "--custom-rm-path")
         return on_policy_distillation.reward_func if self._needs_teacher else None
@@ -92,7 +92,7 @@ class Rewards:
             if self._needs_teacher:
                 sample.teacher_log_probs = self._log_probs(sample)
             stream = self._args.task_reward_weight * sample.metadata.get("task_reward", 0.0)
-            sample.metadata["raw_reward"] = raw_reward
+            sample.metadata["raw_reward"], sample.metadata["plugin_reward"] = raw_reward, reward
             sample.metadata["train_reward"] = reward + stream
             sample.reward = reward + stream
         for sample in samples:
@@ -172,7 +172,8 @@ def mask_out(sample: Sample, *, with_teacher: bool) -> None:
     length = sample.response_length
     sample.loss_mask = [0] * length
     sample.reward = 0.0
-    sample.metadata["raw_reward"] = sample.metadata["train_reward"] = 0.0
+    for name in ("raw_reward", "plugin_reward", "train_reward"):
+        sample.metadata[name] = 0.0
     sample.rollout_log_probs = sample.rollout_log_probs or [0.0] * length
     if with_teacher:
         sample.teacher_log_probs = torch.zeros(length, dtype=torch.float32)

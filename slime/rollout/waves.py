@@ -46,7 +46,7 @@ class Wave:
 
 
 def plan_waves(args: Any, samples: Sequence[Sample], client: EngineClient, label: str) -> dict[int, Wave]:
-    """Return each sample's wave by the sample's `id()`; every engine has its own chain of waves, the first
+    """Return each sample's wave by the sample's `id()`. Every engine has its own chain, the first one
     open."""
     by_engine: dict[Endpoint, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: sample.index or 0):

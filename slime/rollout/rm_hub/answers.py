@@ -49,8 +49,7 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Drop what does not change an answer: spacing, dollar signs, degree marks, a text wrapper, a final
-    dot."""
+    """Drop what changes no answer: spacing, dollar signs, degree marks, a text wrapper, a final dot."""
     text = _SPACING.sub("", _DEGREES.sub("", answer))
     wrapped = _WRAPPED.match(text)
     text = wrapped.group(1) if wrapped else text

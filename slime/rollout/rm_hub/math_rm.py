@@ -31,8 +31,7 @@ def compute_math_reward(response: Sample | str, label: str | None = None) -> flo
 
 
 async def math_rm(args: Any, sample: Sample, **kwargs: Any) -> float:
-    """Grade a sample without blocking the event loop; the form of `--custom-rm-path` and of `--rm-type
-    math`."""
+    """Grade a sample without blocking the event loop, in the form of `--custom-rm-path`."""
     answer, label = _answer_and_label(sample, None)
     verdict = _quick(answer, label)
     if verdict is None:
