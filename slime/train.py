@@ -18,7 +18,7 @@ from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import Cluster
 from slime.ray.groups import RolloutGroup, TrainGroup
-from slime.ray.interrupts import Terminated, listen
+from slime.ray.interrupts import Terminated, ignore, listen
 from slime.weight_sync.store import WeightStore
 
 
@@ -109,9 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except KeyboardInterrupt:
+        ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return 130
     except Terminated:
+        ignore()
         sys.stderr.write("Terminated; everything that this run started has been ended.\n")
         return 143
     return 0

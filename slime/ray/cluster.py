@@ -194,4 +194,4 @@ def _short_temp_dir() -> Path:
     parent = tempfile.gettempdir()
     if len(parent) > MAX_SOCKET_FOLDER_LENGTH and sys.platform != "win32":
         parent = "/tmp"
-    return Path(tempfile.mkdtemp(prefix="slime-ray-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix=f"slime-ray-{os.getpid()}-", dir=parent))

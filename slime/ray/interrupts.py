@@ -24,6 +24,12 @@ def listen() -> None:
     signal.signal(signal.SIGTERM, _raise_terminated)
 
 
+def ignore() -> None:
+    """Ignore both signals for the little that is left of the process."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def shielded() -> Iterator[None]:
     """Ignore both signals, so that an impatient second Ctrl-C does not cut the clean-up short."""

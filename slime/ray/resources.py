@@ -70,7 +70,7 @@ def plan_resources(args: ResourceArgs, num_gpus: int) -> Resources:
         )
     rollout = args.rollout_num_gpus
     if rollout is None:
-        rollout = num_gpus - ranks or 1
+        rollout = max(1, num_gpus - ranks)
     if external:
         rollout = 0
     shared = ranks == rollout == num_gpus == 1 and args.engine == "transformers"

@@ -49,7 +49,7 @@ class WeightStore:
             if shutil.disk_usage(shared_memory).free > 4 * checkpoint_bytes(checkpoint):
                 parent = shared_memory
         parent.mkdir(parents=True, exist_ok=True)
-        return cls(Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)))
+        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)))
 
     def path_for(self, version: str) -> Path:
         """Return where `version` is to be written."""

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -53,7 +53,6 @@ class Job:
     output_dir: Path
     console_path: Path
     mark: str
-    _seen: list[str] = field(default_factory=list)
 
     @property
     def console(self) -> str:
@@ -100,11 +99,12 @@ class Job:
         while left := self.processes():
             assert time.monotonic() < deadline, [" ".join(process.cmdline())[:120] for process in left]
             time.sleep(0.1)
-        assert self.new_shared() == []
+        assert self.shared_folders() == []
 
-    def new_shared(self) -> list[str]:
-        """Return the folders in shared places that were not there before the job."""
-        return sorted(set(_shared()) - set(self._seen))
+    def shared_folders(self) -> list[Path]:
+        """Return the driver's own folders in shared memory and the temporary folder."""
+        names = (f"slime-weights-{self.process.pid}-*", f"slime-ray-{self.process.pid}-*")
+        return [path for folder in SHARED_FOLDERS for name in names for path in folder.glob(name)]
 
 
 def _mark(process: psutil.Process) -> str | None:
@@ -112,16 +112,6 @@ def _mark(process: psutil.Process) -> str | None:
         return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
-
-
-def _shared() -> list[str]:
-    """Return our folders in shared memory and the temporary folder that no living other job holds."""
-    return [
-        str(path)
-        for folder in SHARED_FOLDERS
-        for pattern in ("slime-weights-*", "slime-ray-*")
-        for path in folder.glob(pattern)
-    ]
 
 
 def arguments(data: dict[str, Path], teacher_url: str, output_dir: Path, *extra: str) -> list[str]:
@@ -145,7 +135,6 @@ def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
     mark = uuid.uuid4().hex
     console_path = output_dir.with_suffix(".console")
     console_path.parent.mkdir(parents=True, exist_ok=True)
-    seen = _shared()
     with console_path.open("w") as console:
         process = subprocess.Popen(
             [sys.executable, "-m", "slime.train", *argv],
@@ -156,7 +145,7 @@ def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
             start_new_session=True,
             env={**os.environ, MARK: mark, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
         )
-    job = Job(process, output_dir, console_path, mark, seen)
+    job = Job(process, output_dir, console_path, mark)
     try:
         yield job
     finally:

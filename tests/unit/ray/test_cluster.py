@@ -1,0 +1,147 @@
+"""Ray started, watched and ended: with small actors on a real Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slime.ray.actor import Actor, Surroundings
+from slime.ray.cluster import Cluster
+from slime.ray.interrupts import Terminated, ignore, listen, shielded
+
+
+@dataclass(frozen=True)
+class _Args:
+    output_dir: str
+    log_level: str = "info"
+    ray_address: str | None = None
+    actor_num_nodes: int = 1
+    num_train_ranks: int = 1
+    rollout_num_gpus: int | None = None
+    rollout_num_gpus_per_engine: int = 1
+    rollout_engine_urls: tuple[str, ...] = ()
+    engine: str = "transformers"
+
+
+class _Worker(Actor):
+    """Does what the tests ask of an actor."""
+
+    def __init__(self, name: str, surroundings: Surroundings) -> None:
+        super().__init__(name, surroundings)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def key(self) -> str:
+        return os.environ["SLIME_ENGINE_ADMIN_KEY"]
+
+    def fail(self) -> None:
+        raise ValueError("the answer is no number")
+
+    def die(self) -> None:
+        print("last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Give the signals back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
+    with Cluster(_Args(str(tmp_path_factory.mktemp("run")))) as running:
+        temp_dir, children = running._temp_dir, psutil.Process().children(recursive=True)
+        yield running
+    assert temp_dir is not None
+    assert not temp_dir.exists()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _start(cluster: Cluster, name: str):
+    return cluster.start_actor(name, _Worker, name)
+
+
+def test_results_come_in_the_order_of_their_calls(cluster):
+    workers = [_start(cluster, f"a{number}") for number in range(2)]
+    first, second = cluster.wait([worker.pid.remote() for worker in workers])
+    assert first != second
+    keys = cluster.wait([worker.key.remote() for worker in workers])
+    assert keys[0] == keys[1]
+    command_lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not any(keys[0] in command_line for command_line in command_lines)
+
+
+def test_an_error_arrives_with_its_traceback_while_others_still_work(cluster):
+    slow, failing = _start(cluster, "slow"), _start(cluster, "failing")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the answer is no number") as caught:
+        cluster.wait([slow.sleep.remote(120), failing.fail.remote()])
+    assert time.monotonic() - start < 100
+    assert "in fail" in str(caught.value)
+
+
+def test_a_watched_actors_death_ends_the_wait_for_another(cluster):
+    slow, dying = _start(cluster, "patient"), _start(cluster, "dying")
+    cluster.watch("dying")
+    cluster.wait([dying.pid.remote()])
+    dying.die.remote()
+    with pytest.raises(RuntimeError, match=r"(?s)dying died.*last words"):
+        cluster.wait([slow.sleep.remote(120)])
+    cluster._alarms.clear()
+
+
+def test_one_machine_is_seen_as_one(cluster):
+    assert cluster.one_machine
+    assert cluster.resources.num_ranks == 1
+
+
+def test_signals_raise_while_the_run_works_and_not_while_it_ends():
+    listen()
+    with pytest.raises(Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    with shielded():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
+    ignore()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_long_temporary_folder_is_too_long_for_rays_sockets(monkeypatch, tmp_path):
+    from slime.ray import cluster as module
+
+    long = tmp_path / ("x" * 50)
+    long.mkdir()
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(long))
+    folder = module._short_temp_dir()
+    try:
+        assert folder.parent == Path("/tmp")
+    finally:
+        folder.rmdir()

@@ -1,0 +1,169 @@
+"""The order of the stages, and what the loop hands from one to the next; actors are stand-ins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from slime import train as loop
+from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
+from slime.ray.interrupts import Terminated
+from slime.ray.rollout_actor import RolloutResult
+
+
+@dataclass(frozen=True)
+class _Args:
+    num_rollout: int = 3
+    eval_interval: int | None = None
+    eval_sets: tuple[tuple[str, str], ...] = (("test", "test.parquet"),)
+    eval_teacher: bool = True
+    skip_eval_before_train: bool = False
+    load: str | None = None
+    save: str | None = None
+    save_interval: int | None = None
+
+
+class _Rollouts:
+    """Notes every call; answers with numbers that tell the calls apart."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def evaluate_later(self, rollout_id: int, who: str) -> str:
+        self.calls.append(f"order {who}")
+        return who
+
+    def result(self, ref: str) -> dict[str, float]:
+        self.calls.append(f"collect {ref}")
+        return {"eval/accuracy": 1.0}
+
+    def wait_ready(self) -> None:
+        self.calls.append("rollouts ready")
+
+    def evaluate(self, rollout_id: int, who: str) -> dict[str, float]:
+        self.calls.append(f"eval {rollout_id}")
+        return {"eval/accuracy": 0.3 + rollout_id / 10}
+
+    def generate(self, rollout_id: int) -> RolloutResult:
+        self.calls.append(f"generate {rollout_id}")
+        return RolloutResult(shards=[], metrics={"response_tokens": 10.0 + rollout_id})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": 7}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls.append(f"data {state}")
+
+
+class _Trainers:
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+        self.step = 0
+
+    def wait_ready(self) -> None:
+        self.calls.append("trainers ready")
+
+    def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
+        self.calls.append(f"train {rollout_id}")
+        return {"loss": 1.0}
+
+    def publish_weights(self, rollouts: _Rollouts) -> dict[str, float]:
+        self.step += self.calls[-1].startswith("train ")
+        self.calls.append(f"publish {self.step}")
+        return {"perf/sync_seconds": 0.1}
+
+    def save(self, checkpoint: Any) -> None:
+        self.calls.append(f"save {checkpoint.name}")
+
+    def load(self, checkpoint: Any) -> None:
+        self.calls.append(f"load {checkpoint.name}")
+
+
+class _Tracker:
+    def __init__(self) -> None:
+        self.rollouts: list[tuple[int, int, dict[str, float]]] = []
+        self.evals: list[tuple[int, int, str]] = []
+
+    def log(self, rollout_id: int, step: int, metrics: dict[str, float]) -> None:
+        self.rollouts.append((rollout_id, step, metrics))
+
+    def log_eval(self, rollout_id: int, step: int, metrics: dict[str, float], who: str) -> float:
+        self.evals.append((rollout_id, step, who))
+        return metrics["eval/accuracy"]
+
+
+def _run(args: _Args) -> tuple[list[str], _Tracker, RunState]:
+    calls: list[str] = []
+    tracker = _Tracker()
+    state = loop.train(args, tracker, _Rollouts(calls), _Trainers(calls))
+    return calls, tracker, state
+
+
+def test_the_stages_come_in_order():
+    calls, tracker, state = _run(_Args(num_rollout=2))
+    assert calls == [
+        *("order teacher", "trainers ready", "rollouts ready", "publish 0", "collect teacher", "eval 0"),
+        *("generate 0", "train 0", "publish 1"),
+        *("generate 1", "train 1", "publish 2"),
+        "eval 2",
+    ]
+    assert [(rollout_id, step) for rollout_id, step, _ in tracker.rollouts] == [(0, 1), (1, 2)]
+    assert tracker.evals == [(0, 0, "teacher"), (0, 0, "student"), (2, 2, "student")]
+    assert tracker.rollouts[0][2] == {"response_tokens": 10.0, "loss": 1.0, "perf/sync_seconds": 0.1}
+    assert state == RunState(
+        rollout_id=2, student_tokens=21, student_before=0.3, student_after=0.5, teacher=1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "evaluated"),
+    [
+        (_Args(num_rollout=5, eval_interval=2), ["eval 0", "eval 2", "eval 4", "eval 5"]),
+        (_Args(num_rollout=4, eval_interval=2), ["eval 0", "eval 2", "eval 4"]),
+        (_Args(skip_eval_before_train=True), ["eval 3"]),
+        (_Args(eval_sets=(), eval_teacher=False), []),
+    ],
+)
+def test_when_the_student_is_evaluated(args, evaluated):
+    calls, _, _ = _run(args)
+    assert [call for call in calls if call.startswith("eval")] == evaluated
+
+
+@pytest.mark.parametrize(("interval", "saved"), [(None, [3]), (1, [1, 2, 3]), (2, [2, 3]), (3, [3])])
+def test_when_a_checkpoint_is_written(tmp_path, interval, saved):
+    calls, tracker, _ = _run(_Args(save=str(tmp_path), save_interval=interval))
+    assert [call for call in calls if call.startswith("save")] == [
+        f"save .rollout-{number:06d}.partial" for number in saved
+    ]
+    assert sorted(path.name for path in tmp_path.glob("rollout-*")) == [f"rollout-{n:06d}" for n in saved]
+    state = json.loads((tmp_path / "rollout-000003" / "state.json").read_text())
+    assert (state["rollout_id"], state["data"]) == (3, {"position": 7})
+    assert "perf/save_seconds" in tracker.rollouts[-1][2]
+
+
+def test_a_loaded_run_goes_on_and_asks_the_teacher_no_second_time(tmp_path):
+    before = RunState(rollout_id=2, student_tokens=5, student_before=0.3, teacher=1.0, data={"position": 4})
+    finish_checkpoint(begin_checkpoint(tmp_path, 2), before)
+    calls, _, state = _run(_Args(load=str(tmp_path)))
+    assert calls == [
+        *("trainers ready", "rollouts ready", "load rollout-000002", "data {'position': 4}", "publish 0"),
+        *("generate 2", "train 2", "publish 1", "eval 3"),
+    ]
+    assert (state.student_tokens, state.student_before, state.teacher) == (5 + 12, 0.3, 1.0)
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_is_an_exit_status(monkeypatch, capsys, error, status):
+    def interrupted(args):
+        raise error
+
+    monkeypatch.setattr(loop, "run", interrupted)
+    monkeypatch.setattr(loop, "parse_args", lambda argv: None)
+    monkeypatch.setattr(loop, "format_args", lambda args: "")
+    monkeypatch.setattr(loop, "listen", lambda: None)
+    monkeypatch.setattr(loop, "ignore", lambda: None)
+    assert loop.main([]) == status
+    assert "has been ended" in capsys.readouterr().err
