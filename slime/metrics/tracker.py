@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Literal, Protocol, Self, TextIO
 
 from tensorboard.summary import Writer
 
@@ -45,7 +45,7 @@ class TrackerArgs(Protocol):
     @property
     def wandb_group(self) -> str | None: ...
     @property
-    def wandb_mode(self) -> str: ...
+    def wandb_mode(self) -> Literal["online", "offline"]: ...
     def as_dict(self) -> dict[str, Any]: ...
 
 

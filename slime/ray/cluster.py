@@ -93,11 +93,16 @@ class Cluster:
 
         Actors ask for no CPU: they take turns, and on a small machine they must all be there nevertheless.
         """
-        options: dict[str, Any] = {} if scheduling is None else {"scheduling_strategy": scheduling}
-        remote = ray.remote(
-            num_cpus=0, num_gpus=num_gpus, max_restarts=0, concurrency_groups={"control": 2}, **options
-        )(actor_class)
-        handle = remote.remote(*arguments, self._surroundings)
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": num_gpus,
+            "max_restarts": 0,
+            "concurrency_groups": {"control": 2},
+        }
+        if scheduling is not None:
+            options["scheduling_strategy"] = scheduling
+        remote: Any = ray.remote(**options)
+        handle = remote(actor_class).remote(*arguments, self._surroundings)
         self._actors[name] = handle
         return handle
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -98,7 +98,8 @@ class _Tracker:
 def _run(args: _Args) -> tuple[list[str], _Tracker, RunState]:
     calls: list[str] = []
     tracker = _Tracker()
-    state = loop.train(args, tracker, _Rollouts(calls), _Trainers(calls))
+    rollouts, trainers = cast(Any, _Rollouts(calls)), cast(Any, _Trainers(calls))
+    state = loop.train(cast(Any, args), cast(Any, tracker), rollouts, trainers)
     return calls, tracker, state
 
 

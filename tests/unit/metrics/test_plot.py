@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from PIL import Image
 
@@ -18,7 +21,7 @@ FULL = [
 ]
 
 
-def _colours(path) -> set[tuple[int, ...]]:
+def _colours(path: Path) -> set[Any]:
     with Image.open(path) as image:
         return {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
 

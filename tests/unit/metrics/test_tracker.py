@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,7 @@ class _Args:
     use_wandb: bool = False
     wandb_project: str = "slime"
     wandb_group: str | None = None
-    wandb_mode: str = "online"
+    wandb_mode: Literal["online", "offline"] = "online"
 
     def as_dict(self) -> dict[str, Any]:
         return {"num_rollout": self.num_rollout}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -67,7 +68,7 @@ def _handlers() -> Iterator[None]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
-    with Cluster(_Args(str(tmp_path_factory.mktemp("run")))) as running:
+    with Cluster(cast(Any, _Args(str(tmp_path_factory.mktemp("run"))))) as running:
         temp_dir, children = running._temp_dir, psutil.Process().children(recursive=True)
         yield running
     assert temp_dir is not None
