@@ -1,4 +1,4 @@
-"""Keys and values of the running rows: dense, one row per request, grown by doubling; no paging, no sharing.
+"""Keys and values of the running rows: dense, one row per request, grown as needed; no paging, no sharing.
 
 The two adapters are what transformers' attention layers call `update` on.
 """
@@ -6,14 +6,15 @@ The two adapters are what transformers' attention layers call `update` on.
 import torch
 from torch import Tensor
 
-LENGTH_STEP = 64
+ROW_STEP, LENGTH_STEP = 16, 64
+"""The cache grows to multiples of these."""
 
 
 class KVCache:
     """Per layer `[rows, kv_heads, length, head_dim]`; rows 0..B-1 run, in the batch's order."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self._shape = (kv_heads, head_dim)
+        self._heads, self._dim = kv_heads, head_dim
         self._options = {"dtype": dtype, "device": device}
         self._layers = layers
         self.keys: list[Tensor] = []
@@ -26,21 +27,20 @@ class KVCache:
         self.keys, self.values, self.rows, self.length = [], [], 0, 0
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for `rows` rows of `length` tokens, keeping what is there."""
+        """Make room for `rows` rows of `length` tokens, keeping what is there; never shrinks."""
         if rows <= self.rows and length <= self.length:
             return
-        new_rows = max(rows, 2 * self.rows) if rows > self.rows else self.rows
-        new_length = max(-(-length // LENGTH_STEP) * LENGTH_STEP, self.length)
-        if length > self.length > 0:
-            new_length = max(new_length, self.length * 3 // 2)
-        heads, dim = self._shape
+        new_rows = max(_round_up(rows, ROW_STEP), self.rows)
+        new_length = max(_round_up(length, LENGTH_STEP), self.length)
         for tensors in (self.keys, self.values):
-            old = list(tensors)
-            tensors[:] = [
-                torch.zeros(new_rows, heads, new_length, dim, **self._options) for _ in range(self._layers)
-            ]
-            for source, target in zip(old, tensors, strict=False):
-                target[: self.rows, :, : self.length] = source
+            for layer in range(self._layers):
+                grown = torch.zeros(new_rows, self._heads, new_length, self._dim, **self._options)
+                if layer < len(tensors):
+                    grown[: self.rows, :, : self.length] = tensors[layer]
+                    # Replaced layer by layer: old and new never stand side by side as a whole.
+                    tensors[layer] = grown
+                else:
+                    tensors.append(grown)
         self.rows, self.length = new_rows, new_length
 
     def write(self, first_row: int, keys: list[Tensor], values: list[Tensor], sources: Tensor) -> None:
@@ -53,6 +53,10 @@ class KVCache:
         """Copy rows `source` over rows `target`."""
         for tensor in (*self.keys, *self.values):
             tensor[target] = tensor[source]
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 class PrefillKV:

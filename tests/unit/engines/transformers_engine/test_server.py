@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -86,7 +87,7 @@ async def test_a_client_that_leaves_frees_its_row(client):
     response = await client.post("/generate", json=long)
     await response.content.readline()
     response.close()
-    info = {"running_requests": 1}
+    info: dict[str, Any] = {"running_requests": 1}
     for _ in range(400):
         info = await (await client.get("/server_info")).json()
         if info["running_requests"] == 0:
