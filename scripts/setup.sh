@@ -41,8 +41,27 @@ stamp_of() { printf '%s %s\n' "$SLIME_REPO $device" "$(cat "$@" "$env_dir/pyvenv
 
 up_to_date() { [ -x "$env_python" ] && [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 
-# Without --no-compile pip would byte-compile all of torch, sympy and the rest: over a minute for files never imported.
-pip_install() { "$env_python" -m pip install -q --no-compile --disable-pip-version-check ${pip_args[@]+"${pip_args[@]}"} "$@"; }
+pip_install() { "$env_python" -m pip install -q --disable-pip-version-check ${pip_args[@]+"${pip_args[@]}"} "$@"; }
+
+# compile_what_is_used: pip would byte-compile all of torch, sympy and the rest, over a minute for files that are never
+# imported. Importing what a run imports compiles just that, and shows whether the environment is sound. It has to be
+# done here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would compile anew.
+compile_what_is_used() {
+  local packages
+  packages="$("$env_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  say "setup: importing what a run imports, so that its processes start faster"
+  env -u PYTHONDONTWRITEBYTECODE PYTHONPATH="$SLIME_REPO" CUDA_VISIBLE_DEVICES= "$env_python" - <<'PYTHON'
+import math_verify, matplotlib.pyplot, torch.utils.tensorboard, wandb
+import torch.distributed.checkpoint, torch.distributed.fsdp
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+import slime.engines.transformers_engine.__main__
+import slime.train
+PYTHON
+  # Ray's agents are processes of their own, and Ray gives them 30 s to start.
+  env -u PYTHONDONTWRITEBYTECODE "$env_python" -m compileall -q \
+    "$packages/ray/_private" "$packages/ray/dashboard" "$packages/ray/util" "$SLIME_REPO/slime" "$SLIME_REPO/examples"
+}
 
 make_environment() {
   if [ -x "$env_python" ]; then
@@ -71,10 +90,11 @@ install_runtime() {
   rm -f "$stamp_file"
   torch="$(grep '^torch==' "$lock")"
   say "setup: installing $torch and the other $(($(grep -c '==' "$lock") - 1)) packages of requirements/$device.txt"
-  pip_install -c "$lock" "$torch"
-  pip_install --no-deps -r "$lock"
+  pip_install --no-compile -c "$lock" "$torch"
+  pip_install --no-compile --no-deps -r "$lock"
   say "setup: linking this checkout into the environment (pip install -e)"
   pip_install --no-deps --no-build-isolation -e "$SLIME_REPO"
+  compile_what_is_used
   stamp_of "$lock" "$SLIME_REPO/pyproject.toml" >"$stamp_file"
   say "setup: ready after $SECONDS s"
 }
