@@ -18,7 +18,7 @@ from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import Cluster
 from slime.ray.groups import RolloutGroup, TrainGroup
-from slime.ray.interrupts import Terminated, ignore, listen
+from slime.ray.interrupts import exit_status, ignore, listen
 from slime.weight_sync.store import WeightStore
 
 
@@ -111,11 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
-        return 130
-    except Terminated:
-        ignore()
-        sys.stderr.write("Terminated; everything that this run started has been ended.\n")
-        return 143
+        return exit_status()
     return 0
 
 

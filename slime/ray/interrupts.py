@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM as exceptions while the run works, and as nothing while it is being ended."""
+"""SIGINT and SIGTERM as KeyboardInterrupt while the run works, and as nothing while it is being ended.
+
+Both raise the same exception: Ray's calls let a KeyboardInterrupt through, and make a SystemError of any
+other.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,8 @@ from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-
-class Terminated(BaseException):
-    """SIGTERM arrived; raised where the main thread is, like KeyboardInterrupt for SIGINT."""
+_arrived: list[int] = []
+"""The stop signals that have raised, oldest first."""
 
 
 def listen() -> None:
@@ -20,8 +23,8 @@ def listen() -> None:
 
     SIGINT is set too: a background job of a script starts with it ignored.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _raise_interrupt)
 
 
 def ignore() -> None:
@@ -41,5 +44,11 @@ def shielded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _raise_terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def exit_status() -> int:
+    """Return what the process ends with after a KeyboardInterrupt: 128 and the number of the first signal."""
+    return 128 + (_arrived[0] if _arrived else signal.SIGINT)
+
+
+def _raise_interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    _arrived.append(number)
+    raise KeyboardInterrupt

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +12,6 @@ import pytest
 
 from slime import train as loop
 from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
-from slime.ray.interrupts import Terminated
 from slime.ray.rollout_actor import RolloutResult
 
 
@@ -156,15 +157,19 @@ def test_a_loaded_run_goes_on_and_asks_the_teacher_no_second_time(tmp_path):
     assert (state.student_tokens, state.student_before, state.teacher) == (5 + 12, 0.3, 1.0)
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
-def test_a_signal_is_an_exit_status(monkeypatch, capsys, error, status):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_an_exit_status(monkeypatch, capsys, number, status):
     def interrupted(args):
-        raise error
+        os.kill(os.getpid(), number)
 
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("slime.ray.interrupts._arrived", [])
     monkeypatch.setattr(loop, "run", interrupted)
     monkeypatch.setattr(loop, "parse_args", lambda argv: None)
     monkeypatch.setattr(loop, "format_args", lambda args: "")
-    monkeypatch.setattr(loop, "listen", lambda: None)
-    monkeypatch.setattr(loop, "ignore", lambda: None)
-    assert loop.main([]) == status
+    try:
+        assert loop.main([]) == status
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
     assert "has been ended" in capsys.readouterr().err
