@@ -161,44 +161,52 @@ class MicroBatchBuilder:
 
     def _pixels(self, samples: Sequence[TrainSample]) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
         """Return the distinct pictures' pixels [N, D] and grids, and which of them each image is."""
-        order: dict[str, int] = {}
-        picture_rows: list[int] = []
-        for sample in samples:
-            for sha256, grid in zip(sample.image_hashes, sample.image_grid_thw, strict=True):
-                self._check_grid(sample.index, sha256, grid)
-                picture_rows.append(order.setdefault(sha256, len(order)))
+        images = [
+            (sample.index, sha256, grid)
+            for sample in samples
+            for sha256, grid in zip(sample.image_hashes, sample.image_grid_thw, strict=True)
+        ]
+        order = {sha256: row for row, sha256 in enumerate(dict.fromkeys(sha256 for _, sha256, _ in images))}
         if not order:
             return None, None, ()
+        self._process({sha256: index for index, sha256, _ in images if sha256 not in self._processed})
+        for index, sha256, grid in images:
+            self._check_grid(index, sha256, grid)
         pictures = [self._processed[sha256] for sha256 in order]
         pixels = torch.cat([pixels for pixels, _ in pictures])
-        return pixels, torch.tensor([grid for _, grid in pictures]), tuple(picture_rows)
+        grids = torch.tensor([grid for _, grid in pictures])
+        return pixels, grids, tuple(order[sha256] for _, sha256, _ in images)
+
+    def _process(self, new: Mapping[str, int]) -> None:
+        """Make and keep the pixels of pictures, given as content hash -> a sample that shows it."""
+        missing = [sha256 for sha256 in new if sha256 not in self._pictures]
+        if missing:
+            raise ValueError(
+                f"sample {new[missing[0]]} needs picture {missing[0][:12]}…, which is not among the "
+                f"{len(self._pictures)} pictures of this rank's shard."
+            )
+        if not new:
+            return
+        decoded = [_decode(self._pictures[sha256]) for sha256 in new]
+        features = self._processor.image_processor(images=decoded, return_tensors="pt")
+        grids = [(t, h, w) for t, h, w in features["image_grid_thw"].tolist()]
+        parts = features["pixel_values"].split([t * h * w for t, h, w in grids])
+        self._processed.update(zip(new, zip(parts, grids, strict=True), strict=True))
 
     def _check_grid(self, index: int, sha256: str, grid: Grid) -> None:
-        """Process the picture if it is new, and hold its grid against the sample's."""
-        if sha256 not in self._processed:
-            if sha256 not in self._pictures:
-                raise ValueError(
-                    f"sample {index} needs picture {sha256[:12]}…, which is not among the "
-                    f"{len(self._pictures)} pictures "
-                    "of this rank's shard."
-                )
-            self._processed[sha256] = _process_picture(self._pictures[sha256], self._processor)
+        """Hold the grid that the processor made against the sample's."""
         made = self._processed[sha256][1]
         if made != tuple(grid):
             raise ValueError(
                 f"sample {index} carries the grid {tuple(grid)} for picture {sha256[:12]}…, and the image "
-                "processor "
-                f"makes {made} of its bytes; prompt and training must use the same processor and pixel "
-                "limits."
+                f"processor makes {made} of its bytes; prompt and training must use the same processor and "
+                "pixel limits."
             )
 
 
-def _process_picture(png: bytes, processor: BatchProcessor) -> tuple[Tensor, Grid]:
-    """Return pixels [n, D] and grid of one encoded picture."""
+def _decode(png: bytes) -> Image.Image:
     with Image.open(io.BytesIO(png)) as image:
-        features = processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")
-    t, h, w = features["image_grid_thw"][0].tolist()
-    return features["pixel_values"], (t, h, w)
+        return image.convert("RGB")
 
 
 def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], width: int) -> dict[str, Any]:
