@@ -15,7 +15,7 @@ def test_the_environment_must_say_where_ranks_meet(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(
-        RuntimeError, match="^MASTER_PORT, LOCAL_RANK not set in the environment of training rank 3"
+        RuntimeError, match=r"^MASTER_PORT, LOCAL_RANK not set in the environment of training rank 3"
     ):
         create_backend(make_args(Path("model"), *DISTILL), 3, 4)
 
