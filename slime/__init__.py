@@ -1,1 +1,1 @@
-"""On-policy distillation for vision-language models. The tree is the pipeline: start reading at `slime/train.py`."""
+"""On-policy distillation for vision-language models; start reading at `slime/train.py`."""

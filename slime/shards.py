@@ -111,7 +111,11 @@ def _require_length(sample: Sample, name: str, length: int) -> None:
 
 
 def _task_advantages(args: Args, samples: Sequence[Sample]) -> list[Tensor]:
-    """Return each sample's advantages [R] of the task-reward stream, normalised over the whole rollout."""
+    """Return each sample's advantages [R] of the task-reward stream, normalised over the whole rollout.
+
+    `--task-reward-weight` scales the advantages, not the rewards: a normalisation would cancel it there.
+    """
+    weight = args.task_reward_weight if args.task_reward_weight > 0 else 1.0
     rewards = torch.tensor([_train_reward(sample) for sample in samples], dtype=torch.float64)
     masks = [_mask(sample).double() for sample in samples]
     if args.advantage_estimator == "grpo":
@@ -128,7 +132,7 @@ def _task_advantages(args: Args, samples: Sequence[Sample]) -> list[Tensor]:
     if args.advantage_estimator == "reinforce_plus_plus" or args.normalize_advantages:
         flat = whitened(torch.cat(advantages), torch.cat(masks))
         advantages = list(flat.split([len(mask) for mask in masks]))
-    return [advantage.float() for advantage in advantages]
+    return [weight * advantage.float() for advantage in advantages]
 
 
 def _train_reward(sample: Sample) -> float:

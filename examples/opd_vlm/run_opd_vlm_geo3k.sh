@@ -233,6 +233,7 @@ build_train_command() {
     --task-reward-weight "$SLIME_SCRIPT_TASK_REWARD_WEIGHT"
   )
   OPD_ARGS=(--use-opd --opd-type sglang --opd-kl-coef "$SLIME_SCRIPT_OPD_KL_COEF" --advantage-estimator grpo
+    --disable-grpo-std-normalization # a weight on rewards in the reward file then means what it says
     --calculate-per-token-loss)
   OPTIM_ARGS=(--lr "$SLIME_SCRIPT_LR" --lr-decay-style constant --weight-decay 0.0 --adam-beta1 0.9 --adam-beta2 0.98)
   EVAL_ARGS=(--eval-prompt-data test "$TEST_DATA" --eval-interval "$SLIME_SCRIPT_EVAL_INTERVAL" --eval-rm-type math

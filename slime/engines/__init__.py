@@ -1,1 +1,1 @@
-"""Engines: servers that generate and score over HTTP, the client that talks to them, and what starts and ends them."""
+"""Servers that generate and score over HTTP, the client that talks to them, and what starts and ends them."""

@@ -2,8 +2,8 @@
 
 `judge` runs as each response ends, beside the generation of the others; `finish` once per rollout. Afterwards
 a sample holds numbers alone: `teacher_log_probs`, and in its metadata `task_reward` (the rule's grade),
-`raw_reward` and `plugin_reward` (what post-processing returned), and `train_reward`, which is `plugin_reward`
-plus `--task-reward-weight` times the grade. Advantages are the trainer's business.
+`raw_reward` (the plugin's) and `train_reward`: what advantages are made of, the plugin's reward, or with
+`--task-reward-weight` the grade. Advantages, and the stream's weight on them, are the trainer's business.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ class Rewards:
         for sample, raw_reward, reward in zip(judged, raw, rewards, strict=True):
             if self._needs_teacher:
                 sample.teacher_log_probs = self._log_probs(sample)
-            stream = self._args.task_reward_weight * sample.metadata.get("task_reward", 0.0)
-            sample.metadata["raw_reward"], sample.metadata["plugin_reward"] = raw_reward, reward
-            sample.metadata["train_reward"] = reward + stream
-            sample.reward = reward + stream
+            # the stream's weight is applied to its advantages: normalising a weighted reward would undo it
+            stream = sample.metadata.get("task_reward", 0.0) if self._args.task_reward_weight > 0 else 0.0
+            sample.metadata["raw_reward"] = raw_reward
+            sample.metadata["train_reward"] = sample.reward = reward + stream
         for sample in samples:
             if sample.status not in TRAINED:
                 mask_out(sample, with_teacher=self._needs_teacher)
@@ -172,7 +172,7 @@ def mask_out(sample: Sample, *, with_teacher: bool) -> None:
     length = sample.response_length
     sample.loss_mask = [0] * length
     sample.reward = 0.0
-    for name in ("raw_reward", "plugin_reward", "train_reward"):
+    for name in ("raw_reward", "train_reward"):
         sample.metadata[name] = 0.0
     sample.rollout_log_probs = sample.rollout_log_probs or [0.0] * length
     if with_teacher:

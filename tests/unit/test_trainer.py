@@ -106,6 +106,17 @@ def test_group_advantages_leave_failed_samples_out() -> None:
     assert all(advantages[index].abs().max() == 0 for index in (4, 5, 6, 7))
 
 
+@pytest.mark.parametrize("flags", [(), ("--disable-grpo-std-normalization",)])
+def test_the_task_stream_keeps_its_weight_through_normalisation(flags: tuple[str, ...]) -> None:
+    samples, pictures = make_samples(8, group_size=4)
+    stream = ("--rm-type", "math", "--task-reward-weight")
+    (light,) = shards(samples, pictures, *ONE_BATCH, *flags, *stream, "0.5")
+    (heavy,) = shards(samples, pictures, *ONE_BATCH, *flags, *stream, "2")
+    assert max(sample.advantages.abs().max() for sample in light.samples) > 0
+    for one, other in zip(light.samples, heavy.samples, strict=True):
+        torch.testing.assert_close(4 * one.advantages, other.advantages)
+
+
 def test_reinforce_plus_plus_discounts_and_whitens_over_the_batch() -> None:
     samples, pictures = make_samples(8)
     flags = (*ONE_BATCH, "--advantage-estimator", "reinforce_plus_plus", "--gamma", "0.9")

@@ -52,11 +52,11 @@ async def test_pure_distillation_grades_and_trains_on_nothing_else(monkeypatch: 
     assert right.teacher_log_probs.tolist() == [-1.0, -2.0, -3.0]
 
 
-async def test_the_task_stream_has_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_task_stream_is_the_unweighted_grade(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--rm-type", "math", "--task-reward-weight", "0.5")
     right, wrong = answered_sample(), answered_sample(1, label="5")
     await judged(rewards(monkeypatch, *flags), right, wrong)
-    assert [sample.metadata["train_reward"] for sample in (right, wrong)] == [0.5, 0.0]
+    assert [sample.metadata["train_reward"] for sample in (right, wrong)] == [1.0, 0.0]
     assert [sample.metadata["raw_reward"] for sample in (right, wrong)] == [0.0, 0.0]
 
 
