@@ -14,7 +14,7 @@ from slime.utils.types import Sample
 
 # Hybrid, line 1 of 2: above 0 the task's reward is trained on beside the teacher, with this weight. Edit it
 # here, or leave it 0 and pass --task-reward-weight, which needs no edit; a run refuses both at once.
-# A weight here needs --disable-grpo-std-normalization, which the launcher passes: dividing by the deviation undoes it.
+# A weight here needs --disable-grpo-std-normalization (the launcher passes it): division would undo it.
 TASK_REWARD_WEIGHT = 0.0
 
 
