@@ -51,8 +51,8 @@ KINDS: Final = (
     Kind("rectangle", "perimeter", "width {}, height {}", "+", "*2"),
     Kind("parallelogram", "area", "base {}, height {}", "*", ""),
     Kind("parallelogram", "perimeter", "base {}, side {}", "+", "*2"),
-    Kind("right triangle", "area", "base {}, height {}", "*", "/2"),
-    Kind("rhombus", "area", "width {}, height {}", "*", "/2"),
+    Kind("right triangle", "area", "legs {}, {}", "*", "/2"),
+    Kind("rhombus", "area", "diagonals {}, {}", "*", "/2"),
 )
 
 

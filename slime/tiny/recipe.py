@@ -19,9 +19,9 @@ from slime.tiny.model import save_checkpoint, save_processor
 from slime.tiny.pretrain import Settings, pretrain
 
 RECIPES: Final = {
-    "teacher": Settings(seed=1, steps=1500, slips=0.25),
-    "student": Settings(seed=2, steps=1200, forgetful=0.8),
-    "weak": Settings(seed=1, steps=1500, slips=0.25, stop_within=(0.15, 0.25), check_every=10),
+    "teacher": Settings(seed=1, steps=1200, slips=0.25),
+    "student": Settings(seed=2, steps=1200, forgetful=0.75),
+    "weak": Settings(seed=1, steps=1200, slips=0.25, stop_within=(0.15, 0.25), check_every=10),
 }
 
 

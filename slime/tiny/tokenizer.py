@@ -27,9 +27,9 @@ THINK_TOKENS: Final = ("<think>", "</think>")
 WORDS: Final = (
     *("system", "user", "assistant", "Find", "What", "the", "area", "perimeter", "rectangle"),
     *("parallelogram", "figure", "triangle", "rhombus", "right", "width", "height", "base", "side"),
-    *("Answer", "boxed"),
+    *("legs", "diagonals", "Answer", "boxed"),
 )
-VOCAB_SIZE: Final = 128
+VOCAB_SIZE: Final = 130
 """Rows of the embedding: more than tokens, since SGLang reports the last id of a vocabulary as 0."""
 MAX_LENGTH: Final = 4096
 
