@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from slime.arguments import Args, format_args, parse_args
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, resume_point
+from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, local_model, resume_point
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
-from slime.ray.cluster import Cluster
+from slime.ray.cluster import ActorError, Cluster
 from slime.ray.groups import RolloutGroup, TrainGroup
 from slime.ray.interrupts import exit_status, ignore, listen
 from slime.weight_sync.store import WeightStore
@@ -90,9 +91,10 @@ def run(args: Args) -> None:
     """Start everything, train, and leave nothing behind but the output folder."""
     started = time.monotonic()
     output_dir = Path(args.output_dir)
+    checkpoint = local_model(args.hf_checkpoint)
+    args = replace(args, hf_checkpoint=str(checkpoint))
     with Tracker(args) as tracker, Cluster(args) as cluster:
         tracker.say(cluster.resources.describe())
-        checkpoint = Path(args.hf_checkpoint)
         with WeightStore.create(output_dir, checkpoint, one_machine=cluster.one_machine) as store:
             rollouts = RolloutGroup(cluster, args)
             trainers = TrainGroup(cluster, args, store)
@@ -101,7 +103,10 @@ def run(args: Args) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line, print the configuration, run. Return 130 after Ctrl-C and 143 after SIGTERM."""
+    """Read the command line, print the configuration, run.
+
+    Return 1 if an actor failed, and 130 or 143 after SIGINT or SIGTERM.
+    """
     args = parse_args(None if argv is None else list(argv))
     listen()
     sys.stdout.write(format_args(args) + "\n")
@@ -112,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
+    except ActorError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     return 0
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
-import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.ray.actor import Actor, Surroundings, log_path, terminal_name
 from slime.ray.interrupts import listen, shielded
 from slime.ray.resources import Resources, plan_resources
+from slime.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -33,9 +33,11 @@ PROCESSORS = 2
 """What Ray counts: our actors ask for none, and it starts so many idle workers at once."""
 MAX_SOCKET_FOLDER_LENGTH = 40
 """Ray puts Unix sockets some 65 characters below its folder, and their paths may have 107."""
+RAY_PREFIX = "slime-ray-"
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0
 LOG_TAIL_LINES = 30
+ANSI_COLOURS = re.compile(r"\x1b\[\d*m")
 PASSED_ON = ("SLIME_ENGINE_ADMIN_KEY", "SLIME_ENGINE_API_KEY", "OMP_WAIT_POLICY")
 RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,12 +48,16 @@ RAY_VARIABLES = {
 }
 
 
+class ActorError(RuntimeError):
+    """A call of an actor failed, or the actor died; the message ends with what it said."""
+
+
 class Cluster:
     """A Ray cluster of our own, or a connection to one that is there, and our actors in it."""
 
     def __init__(self, args: Args) -> None:
         self._args = args
-        self._temp_dir: Path | None = None
+        self._folder: ScratchFolder | None = None
         self._actors: dict[str, Any] = {}
         self._alarms: dict[ray.ObjectRef, str] = {}
         self._to_stop: list[Any] = []
@@ -119,7 +125,7 @@ class Cluster:
         once.
 
         Raises:
-            RuntimeError: an actor died; the message ends with its log.
+            ActorError: a call failed, or an actor died; the message ends with what it said.
         """
         owners = dict(self._alarms)
         pending = list(refs)
@@ -128,7 +134,7 @@ class Cluster:
             for ref in done:
                 self._result(ref)
                 if ref in owners:
-                    raise RuntimeError(f"{owners[ref]} stopped while it was needed")
+                    raise ActorError(f"{owners[ref]} stopped while it was needed")
             pending = [ref for ref in pending if ref not in done]
         return [self._result(ref) for ref in refs]
 
@@ -145,8 +151,8 @@ class Cluster:
             self._actors.clear()
             self._alarms.clear()
             self._to_stop.clear()
-            if self._temp_dir is not None:
-                shutil.rmtree(self._temp_dir, ignore_errors=True)
+            if self._folder is not None:
+                self._folder.close()
 
     def _start_ray(self) -> None:
         os.environ.update({name: value for name, value in RAY_VARIABLES.items() if name not in os.environ})
@@ -158,12 +164,13 @@ class Cluster:
             ray.init(address=self._args.ray_address, runtime_env=runtime_env, **options)
         else:
             os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-            self._temp_dir = _short_temp_dir()
+            self._folder = ScratchFolder(_socket_parent(), RAY_PREFIX)
             ray.init(
                 address="local",
                 include_dashboard=False,
                 num_cpus=PROCESSORS,
-                _temp_dir=str(self._temp_dir),
+                # Ray opens its folder to everybody; ours around it stays closed.
+                _temp_dir=str(self._folder.path / "r"),
                 **options,
             )
         listen()
@@ -171,8 +178,11 @@ class Cluster:
     def _result(self, ref: ray.ObjectRef) -> Any:
         try:
             return ray.get(ref)
+        except RayTaskError as error:
+            # Its text is the traceback in the actor; the driver's own, inside Ray, would only bury it.
+            raise ActorError(ANSI_COLOURS.sub("", str(error))) from None
         except RayActorError as error:
-            raise RuntimeError(self._obituary(error)) from error
+            raise ActorError(self._obituary(error)) from None
 
     def _obituary(self, error: RayActorError) -> str:
         """Say which actor died, and what it wrote last."""
@@ -195,8 +205,7 @@ def _environment() -> dict[str, str]:
     return variables
 
 
-def _short_temp_dir() -> Path:
+def _socket_parent() -> Path:
+    """Return the temporary folder, or /tmp where its path is too long for Ray's sockets."""
     parent = tempfile.gettempdir()
-    if len(parent) > MAX_SOCKET_FOLDER_LENGTH and sys.platform != "win32":
-        parent = "/tmp"
-    return Path(tempfile.mkdtemp(prefix=f"slime-ray-{os.getpid()}-", dir=parent))
+    return Path(parent if len(parent) <= MAX_SOCKET_FOLDER_LENGTH else "/tmp")

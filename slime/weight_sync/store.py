@@ -5,32 +5,25 @@ Used by the driver, so it knows files and no tensors; `disk.py` writes what goes
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from slime.scratch import ScratchFolder
+
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "slime-weights-"
-LOCK_NAME = ".lock"
 
 
 class WeightStore:
-    """The folder of a run's published weights: at most the newest version and the one being written.
+    """The folder of a run's published weights: at most the newest version and the one being written."""
 
-    A lock held for the life of the run marks the folder as in use; `close` removes it, and the next run on
-    this machine removes what a killed run left behind.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, folder: ScratchFolder) -> None:
+        self.root = folder.path
         self.current: Path | None = None
-        self._lock = (root / LOCK_NAME).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._folder = folder
 
     @classmethod
     def create(
@@ -42,14 +35,13 @@ class WeightStore:
         shared_memory: Path = SHARED_MEMORY,
     ) -> Self:
         """Make the folder: in shared memory if one machine runs all and two float32 copies fit there."""
-        parent = output_dir
         if one_machine and shared_memory.is_dir() and os.access(shared_memory, os.W_OK):
-            _remove_abandoned(shared_memory)
+            folder = ScratchFolder(shared_memory, PREFIX)
             # A bf16 checkpoint may be published in float32, and two versions exist for a moment.
             if shutil.disk_usage(shared_memory).free > 4 * checkpoint_bytes(checkpoint):
-                parent = shared_memory
-        parent.mkdir(parents=True, exist_ok=True)
-        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)))
+                return cls(folder)
+            folder.close()
+        return cls(ScratchFolder(output_dir, PREFIX))
 
     def path_for(self, version: str) -> Path:
         """Return where `version` is to be written."""
@@ -64,8 +56,7 @@ class WeightStore:
 
     def close(self) -> None:
         """Remove the folder. A second call does nothing."""
-        self._lock.close()
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._folder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -82,22 +73,15 @@ def checkpoint_bytes(checkpoint: Path) -> int:
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
+    """Return the checkpoint's safetensors files.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"{checkpoint} holds no *.safetensors file, which --hf-checkpoint needs; convert the checkpoint "
-            "with "
-            "`save_pretrained` of transformers, or check the path."
+            "with `save_pretrained` of transformers, or check the path."
         )
     return files
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove folders of runs that were killed: their lock is free. Those of other users are left alone."""
-    for root in parent.glob(f"{PREFIX}*"):
-        with (
-            suppress(FileNotFoundError, PermissionError, BlockingIOError),
-            (root / LOCK_NAME).open("r+") as lock,
-        ):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(root, ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.weight_sync.store import PREFIX, WeightStore
+from slime.weight_sync.store import WeightStore
 
 
 @pytest.fixture
@@ -47,17 +47,6 @@ def test_only_the_newest_version_stays(tmp_path, checkpoint):
             store.retire_all_but(version)
         assert [path.name for path in store.root.iterdir() if path.is_dir()] == ["version-1"]
         assert store.current == store.path_for("1")
-
-
-def test_a_killed_runs_folder_is_removed_and_a_living_ones_is_not(tmp_path, checkpoint):
-    shared = tmp_path / "shm"
-    abandoned = shared / f"{PREFIX}dead"
-    abandoned.mkdir(parents=True)
-    (abandoned / ".lock").touch()
-    with _create(tmp_path, checkpoint) as first, _create(tmp_path, checkpoint) as second:
-        assert not abandoned.exists()
-        assert first.root.exists()
-        assert second.root.exists()
 
 
 def test_a_checkpoint_without_safetensors_is_named(tmp_path):
