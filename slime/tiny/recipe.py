@@ -20,8 +20,8 @@ from slime.tiny.pretrain import Settings, pretrain
 
 RECIPES: Final = {
     "teacher": Settings(seed=1, steps=1200, slips=0.25),
-    "student": Settings(seed=2, steps=1200, forgetful=0.75),
-    "weak": Settings(seed=1, steps=1200, slips=0.25, stop_within=(0.15, 0.25), check_every=10),
+    "student": Settings(seed=2, steps=1400, forgetful=0.75, forgetful_from=700),
+    "weak": Settings(seed=1, steps=1200, slips=0.25, stop_within=(0.22, 0.28), check_every=10),
 }
 
 
