@@ -43,7 +43,9 @@ def test_a_second_ctrl_c_does_not_cut_the_end_short(data, teacher, tmp_path):
         job.assert_nothing_left()
 
 
-@pytest.mark.parametrize("victim", ["ray::TrainActor", "transformers_engine"])
+@pytest.mark.parametrize(
+    "victim", ["ray::TrainActor", pytest.param("transformers_engine", marks=pytest.mark.slow)]
+)
 def test_a_dead_process_ends_the_run_with_its_name_and_log(data, teacher, tmp_path, victim):
     with running(arguments(data, teacher.url, tmp_path / "run", *MANY), tmp_path / "run") as job:
         _wait_for_training(job)
@@ -69,6 +71,7 @@ def test_a_killed_teacher_is_a_clear_error_within_a_minute(data, tmp_path):
     assert doomed.url in last
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_processes_along(data, teacher, tmp_path):
     with running(arguments(data, teacher.url, tmp_path / "run", *MANY), tmp_path / "run") as job:
         _wait_for_training(job)
