@@ -27,6 +27,8 @@ CONSOLE_COLUMNS = (
     ("grad", "grad_norm", "{:.2g}"),
 )
 """(label, metric, format) of the line per rollout; a metric that a run does not have is left out."""
+APART_NATS = 0.1
+"""Mean distance of log-probs beyond what precision explains: float32 gives 1e-5, bfloat16 some 1e-2."""
 CONSOLE_STAGES = ("rollout", "train", "sync", "save")
 """Stages whose `perf/<stage>_seconds` end the line."""
 
@@ -70,6 +72,13 @@ class Tracker:
         """Record what rollout `rollout_id` gave, after `step` optimizer steps, and print its line."""
         self._record(rollout_id, step, metrics)
         self.say(console_line(rollout_id, self._num_rollout, metrics))
+        difference = metrics.get("train_rollout_logprob_abs_diff", 0.0)
+        if difference > APART_NATS:
+            self.say(
+                f"Warning: engine and trainer are {difference:.2f} nats a token apart on what the engine "
+                "sampled; "
+                "the engine may hold other weights than were published, or compute in a coarser precision."
+            )
 
     def log_eval(self, rollout_id: int, step: int, metrics: Mapping[str, float], who: str) -> float:
         """Record an evaluation made before rollout `rollout_id`, print its line, and return `eval/accuracy`.

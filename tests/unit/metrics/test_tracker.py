@@ -125,3 +125,11 @@ def test_wandb_starts_with_a_key_or_when_asked(tmp_path, monkeypatch, key, use_w
 
 def test_the_console_line_leaves_out_what_a_run_does_not_have():
     assert console_line(0, 5, {"reward": 1.0}) == "rollout 1/5  reward 1.00"
+
+
+@pytest.mark.parametrize(("difference", "warned"), [(0.01, False), (0.5, True)])
+def test_engines_with_other_weights_than_the_trainers_are_noticed(tmp_path, difference, warned):
+    console = io.StringIO()
+    with Tracker(_Args(str(tmp_path)), console) as tracker:
+        tracker.log(0, 1, {"train_rollout_logprob_abs_diff": difference})
+    assert ("0.50 nats a token apart" in console.getvalue()) == warned
