@@ -67,7 +67,14 @@ class RolloutActor(Actor):
             for name in sample.multimodal_train_inputs["image_hashes"]
         }
         pictures = manager.pictures(sorted(hashes))
-        shards = build_shards(self._args, batch.samples, pictures, self._args.num_train_ranks, rollout_id)
+        shards = build_shards(
+            self._args,
+            batch.samples,
+            pictures,
+            self._args.num_train_ranks,
+            rollout_id,
+            merge_size=manager.merge_size,
+        )
         refs = [ray.put(shard) for shard in shards]
         tokens = sum(sample.response_length for sample in batch.samples)
         now = time.perf_counter()

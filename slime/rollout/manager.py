@@ -84,6 +84,11 @@ class RolloutManager:
         """Return the PNG bytes of pictures by their content hash."""
         return self._source.pictures.png(hashes)
 
+    @property
+    def merge_size(self) -> int:
+        """Side of the square of picture patches that becomes one token of the student."""
+        return self._facts.merge_size
+
     def close(self) -> None:
         """Close the connections and end the loop's thread. A second call does nothing."""
         if not self._thread.is_alive():
