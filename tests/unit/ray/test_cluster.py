@@ -68,8 +68,10 @@ def _handlers() -> Iterator[None]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
+    others = set(psutil.Process().children(recursive=True))
     with Cluster(cast(Any, _Args(str(tmp_path_factory.mktemp("run"))))) as running:
-        folder, children = running._folder, psutil.Process().children(recursive=True)
+        folder = running._folder
+        children = [child for child in psutil.Process().children(recursive=True) if child not in others]
         yield running
     assert folder is not None
     assert not folder.path.exists()

@@ -167,9 +167,11 @@ def test_a_score_of_other_tokens_ends_the_rollout(manager: RolloutManager, teach
 
 
 def test_closing_twice_leaves_no_thread(manager: RolloutManager) -> None:
+    loop_thread = manager._thread
+    assert loop_thread in threading.enumerate()
     manager.close()
     manager.close()
-    assert "rollout-loop" not in {thread.name for thread in threading.enumerate()}
+    assert loop_thread not in threading.enumerate()
 
 
 def test_a_custom_generate_function_is_called(
