@@ -194,17 +194,20 @@ def test_a_teacher_elsewhere_leaves_all_gpus_to_the_student(tmp_path: Path) -> N
 
 
 def test_only_visible_gpus_are_used(tmp_path: Path) -> None:
-    launched = Machine(tmp_path, 8).dry_run(environment={"CUDA_VISIBLE_DEVICES": "2,3,6,7"})
+    machine = Machine(tmp_path, 8)
+    machine.environment["CUDA_VISIBLE_DEVICES"] = "2,3,6,7"
+    launched = machine.dry_run()
     assert launched.variables(SGLANG)["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert launched.variables(TRAIN)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 def test_a_wandb_key_turns_wandb_on_and_is_printed_nowhere(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    launched = machine.dry_run(environment={"WANDB_API_KEY": "planted-secret"}, **machine.local())
+    assert not training(machine.dry_run(**machine.local())).use_wandb
+    machine.environment["WANDB_API_KEY"] = "planted-secret"
+    launched = machine.dry_run(**machine.local())
     assert training(launched).use_wandb
     assert "planted-secret" not in launched.stdout + launched.stderr
-    assert not training(machine.dry_run(**machine.local())).use_wandb
 
 
 def test_the_output_folder_is_fresh_and_printed_first_and_last(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def launch(
     """Start the launcher with a teacher and a driver that behave as told."""
     knobs = {"TEACHER_PORT": str(free_port()), "OUTPUT_DIR": str(machine.root / "out")} | knobs
     plays = {"TEACHER_PLAYS": teacher, "DRIVER_PLAYS": driver}
-    return machine.start(environment=plays, SKIP_SETUP="1", **machine.local() | knobs)
+    machine.environment |= plays
+    return machine.start(SKIP_SETUP="1", **machine.local() | knobs)
 
 
 def test_a_run_that_succeeds_leaves_nothing_but_its_output_folder(

@@ -136,18 +136,18 @@ class Machine:
             "DATASET_NAME": str(self.data),
         }
 
-    def dry_run(self, *, environment: dict[str, str] | None = None, **knobs: str) -> Launched:
+    def dry_run(self, **knobs: str) -> Launched:
         """Let the launcher print what it would do, with `SLIME_SCRIPT_<knob>` set."""
-        done = self.start(environment=environment, DRY_RUN="1", **knobs)
+        done = self.start(DRY_RUN="1", **knobs)
         stdout, stderr = done.communicate(timeout=60)
         return Launched(done.returncode, stdout, stderr)
 
-    def start(self, *, environment: dict[str, str] | None = None, **knobs: str) -> subprocess.Popen[str]:
+    def start(self, **knobs: str) -> subprocess.Popen[str]:
         """Start the launcher; its output is piped."""
         variables = {f"SLIME_SCRIPT_{name}": value for name, value in knobs.items()}
         return subprocess.Popen(
             ["bash", str(SCRIPT)],
-            env=self.environment | variables | (environment or {}),
+            env=self.environment | variables,
             cwd=self.root,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
