@@ -94,7 +94,7 @@ class Placement:
         if self.idle_gpus:
             lines.append(f"  idle      {_listed(self.idle_gpus)}")
         if self.small_models:
-            lines.append("  All share the one GPU, so the default models are small: a 2B student, a 4B teacher.")
+            lines.append("  All share the one GPU: by default a 2B student and a 4B teacher.")
         return "\n".join(lines)
 
     def shell_variables(self) -> dict[str, str]:
