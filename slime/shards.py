@@ -15,12 +15,10 @@ from torch import Tensor
 from slime.backends.batching import TrainSample
 from slime.backends.planning import plan_micro_batches
 from slime.losses.advantages import discounted_returns, group_normalized, whitened
-from slime.utils.types import Sample, SampleStatus
+from slime.utils.types import TRAINED, Sample
 
 if TYPE_CHECKING:
     from slime.arguments import Args
-
-TRAINED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,15 +21,13 @@ from slime.rollout import on_policy_distillation
 from slime.rollout.concurrency import together
 from slime.rollout.rm_hub import Rule, rule_named
 from slime.utils.misc import load_function
-from slime.utils.types import Sample, SampleStatus
+from slime.utils.types import TRAINED, Sample
 
 if TYPE_CHECKING:
     from slime.arguments import Args
 
 RewardFunction = Callable[..., Awaitable[Any]]
 PostProcess = Callable[..., tuple[Sequence[float], Sequence[float]]]
-
-TRAINED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
 
 
 class Rewards:

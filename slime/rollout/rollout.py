@@ -11,8 +11,8 @@ from slime.engines.api import sampling_params
 from slime.engines.model_facts import ModelFacts
 from slime.rollout.clock import Clock
 from slime.rollout.generate import GenerateFunction, Sampler, generate_all
-from slime.rollout.rewards import TRAINED, Rewards
-from slime.utils.types import Sample, SampleStatus
+from slime.rollout.rewards import Rewards
+from slime.utils.types import TRAINED, Sample, SampleStatus
 
 if TYPE_CHECKING:
     from slime.arguments import Args

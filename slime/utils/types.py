@@ -32,6 +32,10 @@ class SampleStatus(StrEnum):
     """Generation or scoring failed for good; `metadata["error"]` says why. Its loss mask is all zero."""
 
 
+TRAINED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
+"""The states of a sample whose response is judged and trained on."""
+
+
 @dataclass(kw_only=True)
 class Sample:
     """One response to one prompt, with all that later stages learn about it."""
