@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Generator:
         answers = [self._write(job, body, received) for job in jobs]
         return answers if body.is_list else answers[0]
 
-    async def stream(self, body: GenerateBody, received: float) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, body: GenerateBody, received: float) -> AsyncGenerator[dict[str, Any], None]:
         """Yield cumulative answers as tokens come; batch answers carry their `index`."""
         jobs, waiters = await self._prepare(body)
         updates: asyncio.Queue[tuple[int, Job]] = asyncio.Queue()

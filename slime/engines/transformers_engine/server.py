@@ -2,12 +2,13 @@
 
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 from slime.engines.transformers_engine.batcher import Batcher
 from slime.engines.transformers_engine.control import PAUSE_MODES, Control
@@ -23,6 +24,7 @@ FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. "
     "(When there are running or waiting requests, the operation will not be performed.)\n"
 )
+Answers = AsyncGenerator[dict[str, Any], None]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -131,22 +133,18 @@ class EngineServer:
                 return await self._stream(request, self._generator.stream(body, received))
             return json_response(await self._generator.answer(body, received))
 
-    async def _stream(self, request: web.Request, answers: Any) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, answers: AsyncGenerator[dict[str, Any], None]
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await response.prepare(request)
-        try:
-            async for answer in answers:
-                await response.write(b"data: " + orjson.dumps(answer) + b"\n\n")
-        except RequestError as error:
-            shown = {
-                "message": str(error),
-                "type": "invalid_request_error",
-                "code": error.status,
-                "retryable": False,
-            }
-            await response.write(b"data: " + orjson.dumps({"error": shown}) + b"\n\n")
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
+        # Closed here and not by the garbage collector, which cannot while a logged traceback holds the
+        # frame: a client that leaves between two tokens would keep its row.
+        async with aclosing(answers):
+            try:
+                await response.prepare(request)
+                await _write_events(response, answers)
+            except ClientConnectionResetError:
+                request.app.logger.info("%s: the client left before its answer's end", request.path)
         return response
 
     async def health(self, request: web.Request) -> web.Response:
@@ -268,6 +266,23 @@ class EngineServer:
             f"{request.path} is not supported by the transformers engine; update weights by "
             "/update_weights_from_disk, or use an SGLang server."
         )
+
+
+async def _write_events(response: web.StreamResponse, answers: AsyncGenerator[dict[str, Any], None]) -> None:
+    """Write a prepared stream of events to its end; a refusal in mid-stream is its last event."""
+    try:
+        async for answer in answers:
+            await response.write(b"data: " + orjson.dumps(answer) + b"\n\n")
+    except RequestError as error:
+        shown = {
+            "message": str(error),
+            "type": "invalid_request_error",
+            "code": error.status,
+            "retryable": False,
+        }
+        await response.write(b"data: " + orjson.dumps({"error": shown}) + b"\n\n")
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
 
 
 def _refused(message: str) -> web.Response:

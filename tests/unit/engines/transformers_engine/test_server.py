@@ -5,7 +5,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiohttp import ClientConnectionResetError
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import StreamResponse
 
 from slime.engines.transformers_engine.__main__ import build, is_loopback, parse_args
 from tests.contracts.engine_api.support import MODEL
@@ -95,6 +97,26 @@ async def test_a_client_that_leaves_frees_its_row(client):
         await asyncio.sleep(0.01)
     assert info["running_requests"] == 0
     assert info["internal_states"][0]["decode_forwards"] < 3900
+
+
+async def test_a_reset_between_two_tokens_frees_the_row(client, monkeypatch):
+    write, reset = StreamResponse.write, asyncio.Event()
+
+    async def reset_after_the_first(self: StreamResponse, data: bytes) -> None:
+        if reset.is_set():
+            raise ClientConnectionResetError("Cannot write to closing transport")
+        await write(self, data)
+        reset.set()
+
+    monkeypatch.setattr(StreamResponse, "write", reset_after_the_first)
+    long = BODY | {"stream": True, "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
+    await client.post("/generate", json=long)
+    await reset.wait()
+    for _ in range(100):
+        if (await (await client.get("/server_info")).json())["running_requests"] == 0:
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("the row of a client that had left was kept")
 
 
 async def test_a_dead_model_thread_fails_its_requests(client, monkeypatch):
