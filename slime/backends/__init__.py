@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others; ends a run in which one of them hangs."""
 
 
-def create_backend(args: Args, rank: int, world_size: int) -> TrainBackend:
+def create_backend(args: Args, rank: int, world_size: int, masked_ids: Sequence[int] = ()) -> TrainBackend:
     """Join the process group and load the student; every rank calls it.
+
+    Log-probs are those of the policy that samples: a distribution over all tokens but `masked_ids`.
 
     Reads `MASTER_ADDR` and `MASTER_PORT`, and `LOCAL_RANK`, the number of this rank's GPU among those it
     sees.
@@ -52,4 +55,4 @@ def create_backend(args: Args, rank: int, world_size: int) -> TrainBackend:
     )
     from slime.backends.fsdp.backend import FsdpBackend
 
-    return FsdpBackend(args, rank, world_size, device)
+    return FsdpBackend(args, rank, world_size, device, masked_ids)

@@ -22,6 +22,7 @@ ModelTag = Literal["student", "reference", "teacher"]
 class LossInputs(Protocol):
     """What a loss may ask of the model's outputs, at the P packed response tokens of one micro-batch.
 
+    The distribution is the one that was sampled from: over all tokens but those that are never sampled.
     All are differentiable, computed in chunks that are recomputed in the backward pass: no saved tensor is
     `[P, V]`.
     """

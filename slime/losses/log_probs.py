@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_MASKED_LOGIT = -1e5
+"""Far below any logit, so that its probability is exactly 0; finite, so that 0 times it is."""
+
 
 def chunked_log_probs(
-    hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int = 1024
+    hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int = 1024, masked_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probs [P, K] of `ids` and the entropy [P] in nats, both differentiable (once).
 
@@ -23,6 +26,8 @@ def chunked_log_probs(
         head: [V, H], weight of the LM head.
         ids: int64 [P, K], the tokens asked for at each position.
         chunk_size: positions whose logits exist at the same time.
+        masked_ids: int64 [M], tokens that are never sampled; the distribution is that over all others. Asked
+            for itself, such a token has a very low log-prob, finite, without a gradient.
 
     The products with the head run in the dtype of `hidden`; softmax and sums run in float32, or in float64
     where `hidden` is float64.
@@ -42,8 +47,14 @@ def chunked_log_probs(
         )
     if chunk_size < 1:
         raise ValueError(f"--logprob-chunk-size {chunk_size} given; at least 1 position a chunk is needed.")
-    log_probs, entropy = _ChunkedLogProbs.apply(hidden, head, ids, chunk_size)
+    log_probs, entropy = _ChunkedLogProbs.apply(hidden, head, ids, chunk_size, masked_ids)
     return log_probs, entropy
+
+
+def _logits(rows: Tensor, head: Tensor, masked_ids: Tensor | None) -> Tensor:
+    """Return a chunk's logits [C, V] in at least float32, those of masked tokens at the floor."""
+    logits = _wide(rows @ head.T)
+    return logits if masked_ids is None else logits.index_fill_(1, masked_ids, _MASKED_LOGIT)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -56,13 +67,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int
+        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int, masked_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Run the head chunk by chunk and keep log-probs, entropy and normaliser."""
         ctx.set_materialize_grads(False)
         log_probs, entropies, normalizers = [], [], []
         for rows, wanted in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True):
-            logits = _wide(rows @ head.T)
+            logits = _logits(rows, head, masked_ids)
             normalizer = logits.logsumexp(dim=1)
             log_probs.append(logits.gather(1, wanted) - normalizer[:, None])
             probs = logits.sub(normalizer[:, None]).exp_()
@@ -70,6 +81,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             normalizers.append(normalizer)
         entropy = torch.cat(entropies)
         ctx.save_for_backward(hidden, head, ids, torch.cat(normalizers), entropy)
+        ctx.masked_ids = masked_ids
         ctx.chunk_size = chunk_size
         return torch.cat(log_probs), entropy
 
@@ -77,7 +89,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Recompute each chunk's logits and push its gradient through the head."""
         hidden, head, ids, normalizers, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -86,17 +98,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
             part = slice(start, start + ctx.chunk_size)
             rows = hidden[part]
             grad_logits = _logits_gradient(
-                _wide(rows @ head.T).sub_(normalizers[part, None]),
+                _logits(rows, head, ctx.masked_ids).sub_(normalizers[part, None]),
                 ids[part],
                 entropy[part],
                 None if grad_log_probs is None else grad_log_probs[part],
                 None if grad_entropy is None else grad_entropy[part],
-            ).to(hidden.dtype)
+            )
+            if ctx.masked_ids is not None:
+                grad_logits.index_fill_(1, ctx.masked_ids, 0.0)
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ head
             if grad_head is not None:
                 grad_head += grad_logits.T @ rows
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
 
 
 def _logits_gradient(

@@ -47,11 +47,16 @@ class TrainActor(Actor):
             LOCAL_RANK="0",
         )
         from slime.backends import create_backend
+        from slime.data.vocabulary import never_sampled
+        from slime.engines.model_facts import model_facts
         from slime.trainer import Trainer
         from slime.utils.processing_utils import load_processor
 
-        self._backend = create_backend(self._args, self._rank, self._args.num_train_ranks)
-        self._trainer = Trainer(self._args, self._backend, load_processor(self._args.hf_checkpoint))
+        args, checkpoint = self._args, self._args.hf_checkpoint
+        processor = load_processor(checkpoint)
+        masked = never_sampled(processor.tokenizer, model_facts(checkpoint).vocab_size)
+        self._backend = create_backend(args, self._rank, args.num_train_ranks, masked)
+        self._trainer = Trainer(args, self._backend, processor)
 
     def train(self, rollout_id: int, shard: TrainShard) -> dict[str, float]:
         """Take the optimizer steps of one rollout; return metrics, the same on every rank."""

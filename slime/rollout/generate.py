@@ -30,17 +30,6 @@ from slime.rollout.concurrency import together
 from slime.rollout.waves import Wave, plan_waves
 from slime.utils.types import Sample, SampleStatus
 
-PLACEHOLDERS = (
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|audio_pad|>",
-)
-"""Tokens that stand for media. A student samples them now and then; servers and trainer would look for a
-picture."""
-
 GenerateFunction = Callable[[Any, Sample, dict[str, Any]], Awaitable[Sample]]
 
 
@@ -105,18 +94,6 @@ def sampling_seed(run_seed: int, label: str, sample_index: int) -> int:
     """Return a sample's own seed, 31 bits, which depends on nothing else that happens in a run."""
     digest = hashlib.blake2b(f"{run_seed}/{label}/{sample_index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def banned_ids(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Return the ids that must never be sampled: placeholders, and the last id where it is no token.
-
-    Servers report ids from `vocab_size - 1` on as 0, so that a sample with it could not be checked.
-    """
-    vocabulary = tokenizer.get_vocab()
-    banned = {vocabulary[token] for token in PLACEHOLDERS if token in vocabulary}
-    if vocab_size - 1 not in vocabulary.values():
-        banned.add(vocab_size - 1)
-    return tuple(sorted(banned))
 
 
 async def generate_all(

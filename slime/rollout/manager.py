@@ -11,10 +11,11 @@ from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from slime.data.source import EvalSet, PromptSource
+from slime.data.vocabulary import never_sampled
 from slime.engines.client import EngineClient
 from slime.engines.model_facts import model_facts
 from slime.evaluation import evaluate
-from slime.rollout.generate import GenerateFunction, Sampler, banned_ids, generate
+from slime.rollout.generate import GenerateFunction, Sampler, generate
 from slime.rollout.on_policy_distillation import REMEDY as TEACHER_REMEDY
 from slime.rollout.on_policy_distillation import close_teacher_clients
 from slime.rollout.rewards import Rewards
@@ -42,7 +43,7 @@ class RolloutManager:
         self._processor = load_processor(args.hf_checkpoint)
         self._source = PromptSource(args, self._processor)
         self._eval_sets: list[EvalSet] = []
-        self._banned = banned_ids(self._processor.tokenizer, self._facts.vocab_size)
+        self._banned = never_sampled(self._processor.tokenizer, self._facts.vocab_size)
         self._function = _generate_function(args)
         self._rewards = Rewards(args, self._facts)
         self._engines = EngineClient(

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class FsdpBackend:
     """Implements `TrainBackend`; the process group is up before it is made."""
 
-    def __init__(self, args: Args, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, args: Args, rank: int, world_size: int, device: torch.device, masked_ids: Sequence[int]
+    ) -> None:
         """Load and shard the student, and the reference where --kl-loss-coef asks for one. Collective."""
         self.rank = rank
         self.world_size = world_size
@@ -41,6 +43,7 @@ class FsdpBackend:
             mesh,
             compute_dtype=self._compute_dtype,
             chunk_size=args.logprob_chunk_size,
+            masked_ids=masked_ids,
             freeze_vision_tower=args.freeze_vision_tower,
             gradient_checkpointing=args.gradient_checkpointing,
         )
@@ -51,6 +54,7 @@ class FsdpBackend:
                 mesh,
                 compute_dtype=self._compute_dtype,
                 chunk_size=args.logprob_chunk_size,
+                masked_ids=masked_ids,
                 trainable=False,
             )
         self._optimizer = build_adamw(

@@ -6,6 +6,7 @@ so a node never holds more than one full copy beside the shards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def load_policy(
     *,
     compute_dtype: torch.dtype,
     chunk_size: int,
+    masked_ids: Sequence[int] = (),
     trainable: bool = True,
     freeze_vision_tower: bool = False,
     gradient_checkpointing: bool = False,
@@ -34,6 +36,7 @@ def load_policy(
     """Return the model at `path` sharded over `mesh`.
 
     Its weights are float32 where it is trained and gathered in `compute_dtype`.
+    Its distribution is over all tokens but `masked_ids`.
     A model that is not trained (`trainable=False`) is stored in `compute_dtype`. Collective: every rank calls
     it.
     """
@@ -45,7 +48,7 @@ def load_policy(
     storage_dtype = torch.float32 if trainable else compute_dtype
     with torch.device("meta"):
         hf = auto_class.from_config(config, dtype=storage_dtype, attn_implementation="sdpa")
-    policy = PolicyModel(hf, chunk_size)
+    policy = PolicyModel(hf, chunk_size, masked_ids)
     policy.requires_grad_(trainable)
     if freeze_vision_tower and policy.vision_tower is not None:
         policy.vision_tower.requires_grad_(False)

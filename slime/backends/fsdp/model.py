@@ -6,7 +6,7 @@ between FSDP's gather and release. The LM head never sees a prompt position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +24,13 @@ Result = TypeVar("Result")
 class PolicyModel(nn.Module):
     """The root module that FSDP shards: `forward(batch, use)` calls `use` with the response outputs."""
 
-    def __init__(self, hf: PreTrainedModel, chunk_size: int) -> None:
-        """Wrap `hf`, a causal language model with or without a vision tower."""
+    def __init__(self, hf: PreTrainedModel, chunk_size: int, masked_ids: Sequence[int] = ()) -> None:
+        """Wrap `hf`, a causal language model with or without a vision tower; `masked_ids` are never
+        sampled."""
         super().__init__()
         self.hf = hf
         self._chunk_size = chunk_size
+        self._masked_ids = tuple(masked_ids)
 
     @property
     def vision_tower(self) -> nn.Module | None:
@@ -40,7 +42,8 @@ class PolicyModel(nn.Module):
         hidden = self._hidden_states(batch)  # [B, T, H]
         hidden = hidden.flatten(0, 1).index_select(0, batch.response_positions)  # [P, H]
         head: Any = self.hf.get_output_embeddings()
-        return use(ResponseOutputs(hidden, head.weight, batch.response_ids, self._chunk_size))
+        masked = torch.tensor(self._masked_ids, device=hidden.device) if self._masked_ids else None
+        return use(ResponseOutputs(hidden, head.weight, batch.response_ids, self._chunk_size, masked))
 
     def _hidden_states(self, batch: MicroBatch) -> Tensor:
         """Return the last hidden states [B, T, H]."""

@@ -10,12 +10,16 @@ from slime.losses.log_probs import chunked_log_probs
 class ResponseOutputs:
     """Implements `LossInputs` for the P response tokens of one micro-batch."""
 
-    def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int) -> None:
-        """Take the hidden states [P, H] that predict `ids` [P], and the LM head's weight [V, H]."""
+    def __init__(
+        self, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int, masked_ids: Tensor | None
+    ) -> None:
+        """Take the hidden states [P, H] that predict `ids` [P], the LM head's weight [V, H], and the ids [M]
+        that are never sampled."""
         self._hidden = hidden
         self._head = head
         self._ids = ids
         self._chunk_size = chunk_size
+        self._masked_ids = masked_ids
         self._sampled: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -30,13 +34,13 @@ class ResponseOutputs:
 
     def gather(self, ids: Tensor) -> Tensor:
         """Return the log-probs [P, K] of `ids` [P, K]."""
-        return chunked_log_probs(self._hidden, self._head, ids, self._chunk_size)[0]
+        return chunked_log_probs(self._hidden, self._head, ids, self._chunk_size, self._masked_ids)[0]
 
     def _pass(self) -> tuple[Tensor, Tensor]:
         """Run the LM head once for both log-probs and entropy."""
         if self._sampled is None:
             log_probs, entropy = chunked_log_probs(
-                self._hidden, self._head, self._ids[:, None], self._chunk_size
+                self._hidden, self._head, self._ids[:, None], self._chunk_size, self._masked_ids
             )
             self._sampled = log_probs[:, 0], entropy
         return self._sampled

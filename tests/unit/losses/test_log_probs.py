@@ -108,3 +108,28 @@ def test_wrong_shapes_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         chunked_log_probs(torch.zeros(hidden), torch.zeros(head), torch.zeros(ids, dtype=torch.int64), chunk)
+
+
+def test_masked_tokens_are_out_of_the_distribution_and_of_every_gradient() -> None:
+    hidden, head, ids = inputs()
+    masked = torch.tensor([3, V - 1])
+    ids = ids.where(~torch.isin(ids, masked), 5)
+    keep = torch.tensor([token for token in range(V) if token not in masked.tolist()])
+    inner = torch.searchsorted(keep, ids)  # the same tokens, counted among those that are left
+    ours = chunked_log_probs(hidden, head, ids, 5, masked)
+    expected = plain(hidden, head[keep], inner)
+    for output, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(ours[0].sum() + ours[1].sum(), (hidden, head))
+    wanted = torch.autograd.grad(expected[0].sum() + expected[1].sum(), (hidden, head))
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-12)
+    assert gradients[1][masked].abs().sum() == 0
+
+
+def test_a_masked_token_has_a_finite_log_prob_without_gradient() -> None:
+    hidden, head, _ = inputs()
+    log_probs, _ = chunked_log_probs(hidden, head, torch.full((P, 1), 3), 5, torch.tensor([3]))
+    assert log_probs.isfinite().all()
+    assert (log_probs < -9e4).all()
+    gradient = torch.autograd.grad(log_probs.sum(), head)[0]
+    assert gradient[3].abs().sum() == 0

@@ -10,11 +10,10 @@ import pytest
 from slime.engines.api import EngineAbortedError, EngineError, ScoreMismatchError, sampling_params
 from slime.engines.client import EngineClient
 from slime.rollout.concurrency import together
-from slime.rollout.generate import Sampler, banned_ids, generate, generate_all, sampling_seed
-from slime.utils.processing_utils import load_processor
+from slime.rollout.generate import Sampler, generate, generate_all, sampling_seed
 from slime.utils.types import Sample, SampleStatus
 from tests.fakes.engine_server import FakeEngine, log_prob, serve
-from tests.fakes.rollouts import CHECKPOINT, facts, fake_engine, prompt_sample, rollout_args
+from tests.fakes.rollouts import facts, fake_engine, prompt_sample, rollout_args
 
 PARAMS = sampling_params(max_new_tokens=16)
 
@@ -114,15 +113,6 @@ def test_seeds_are_31_bits_and_depend_on_everything() -> None:
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert sampling_seed(1234, "rollout-0", 0) == 163771405
-
-
-def test_placeholders_and_the_last_id_are_banned() -> None:
-    tokenizer = load_processor(CHECKPOINT).tokenizer
-    banned = banned_ids(tokenizer, facts().vocab_size)
-    names = {tokenizer.convert_ids_to_tokens(token) for token in banned if token < len(tokenizer)}
-    assert names == {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"}
-    assert facts().vocab_size - 1 in banned
-    assert tokenizer.eos_token_id not in banned
 
 
 async def twice(args: Any, sample: Sample, params: dict[str, Any]) -> Sample:
