@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slime.engines.api import EngineError, sampling_params
+from slime.engines.api import sampling_params
+from slime.engines.errors import EngineError
 from slime.rollout.generate import GenerateFunction, Sampler, generate_all
 from slime.rollout.rm_hub import rule_named
 from slime.utils.types import Sample, SampleStatus

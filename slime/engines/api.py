@@ -1,9 +1,8 @@
 """The wire: what SGLang's `/generate` is asked and what its answers mean. The only file that knows that JSON.
 
 Pure: no sockets, no clock. `client.py` moves the bytes, `rollout/` decides what to ask. Positions in answers
-    count the
-*expanded* sequence (one image pad became `grid.prod() // merge²` tokens), the ids that are sent hold one pad
-per image. Shape letters: R response tokens.
+count the *expanded* sequence (one image pad became `grid.prod() // merge²` tokens), the ids that are sent
+hold one pad per image. Shape letters: R response tokens, K teacher top-k.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from slime.engines.errors import AnswerError, EngineAbortedError, MissingScoreError
+
 JsonDict = dict[str, Any]
 Triple = list[Any]
 """`[log-prob or null, token id, text or null]`, as the server sends it."""
@@ -21,45 +22,6 @@ Triple = list[Any]
 BAN_BIAS = -1.0e5
 """Added to the logit of a token that must never be sampled: beyond any real logit, and finite, as JSON
 demands."""
-
-
-class EngineError(RuntimeError):
-    """A server did not do what was asked of it."""
-
-
-class HttpError(EngineError):
-    """A server answered with an error status."""
-
-    def __init__(self, url: str, status: int, body: str, remedy: str = "") -> None:
-        super().__init__(f"{url} answered HTTP {status}: {body[:500]!r}. {remedy}".rstrip())
-        self.url = url
-        self.status = status
-        self.body = body
-        self.remedy = remedy
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the constructor's arguments: the error travels from Ray actors to the driver."""
-        return type(self), (self.url, self.status, self.body, self.remedy)
-
-
-class EngineUnreachableError(EngineError, ConnectionError):
-    """No connection to a server, retries included."""
-
-
-class EngineTimeoutError(EngineError, TimeoutError):
-    """A server did not answer before the deadline."""
-
-
-class AnswerError(EngineError, ValueError):
-    """A server answered 200 with something that cannot be read."""
-
-
-class EngineAbortedError(EngineError):
-    """A server cut the request off (`finish_reason` abort)."""
-
-
-class ScoreMismatchError(EngineError, ValueError):
-    """The scores that came back do not belong to the tokens that were sent."""
 
 
 def collapse_image_pads(tokens: Sequence[int], image_token_id: int) -> list[int]:
@@ -106,12 +68,16 @@ def generate_payload(
     return payload
 
 
-def score_payload(tokens: Sequence[int], logprob_start_len: int, images: Sequence[str] = ()) -> JsonDict:
+def score_payload(
+    tokens: Sequence[int], logprob_start_len: int, images: Sequence[str] = (), *, top_k: int = 0
+) -> JsonDict:
     """Build the request that scores the tokens behind position `logprob_start_len` (expanded), sampling
     nothing.
 
     With `logprob_start_len = P - 1` the answer holds a placeholder and R log-probs, and the prompt's prefix
-    cache is used. A negative value would bring a real server down, so it is refused here.
+    cache is used. A negative value would bring a real server down, so it is refused here. `top_k` asks for
+    the likeliest tokens of each position too, in the compact form; a server that does not know it answers in
+    the long one.
     """
     if logprob_start_len < 0:
         raise ValueError(
@@ -125,6 +91,12 @@ def score_payload(tokens: Sequence[int], logprob_start_len: int, images: Sequenc
     }
     if images:
         payload["image_data"] = list(images)
+    if top_k > 0:
+        payload |= {
+            "top_logprobs_num": top_k,
+            "return_flat_raw_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
     return payload
 
 
@@ -154,98 +126,25 @@ def parse_generate(answer: Any, *, vocab_size: int | None = None) -> GenerateAns
         AnswerError: the answer is malformed, a log-prob is no number, or ids and log-probs do not belong
             together.
     """
-    meta = _meta_info(answer)
-    tokens = _field(answer, "output_ids", list)
-    triples = _triples(meta, "output_token_logprobs")
+    meta = meta_info(answer)
+    tokens = field(answer, "output_ids", list)
+    triples = triples_of(meta, "output_token_logprobs")
     if len(tokens) != len(triples):
         raise AnswerError(f"the engine sampled {len(tokens)} tokens and sent {len(triples)} log-probs.")
     for position, (token, triple) in enumerate(zip(tokens, triples, strict=True)):
         if not same_id(token, triple[1], vocab_size):
             raise AnswerError(f"output_ids[{position}] is {token} and its log-prob is for id {triple[1]}.")
     return GenerateAnswer(
-        text=_field(answer, "text", str),
+        text=field(answer, "text", str),
         tokens=tokens,
         log_probs=[
-            _number(triple[0], f"output log-prob {position}") for position, triple in enumerate(triples)
+            number(triple[0], f"output log-prob {position}") for position, triple in enumerate(triples)
         ],
-        truncated=_finish_type(meta) == "length",
-        prompt_tokens=_field(meta, "prompt_tokens", int),
+        truncated=finish_type(meta) == "length",
+        prompt_tokens=field(meta, "prompt_tokens", int),
         cached_tokens=meta.get("cached_tokens") or 0,
         weight_versions=_weight_versions(meta),
     )
-
-
-def score_triples(
-    answer: Any,
-    response_tokens: Sequence[int],
-    *,
-    vocab_size: int | None = None,
-    prompt_tokens: int | None = None,
-    image_tokens: int | None = None,
-) -> list[Triple]:
-    """Return the last R + 1 triples of a scored sequence, the first a placeholder, after checking the token
-    receipt.
-
-    The ids that come back for the last R positions must be the R sampled ids. SGLang reports ids from
-    `vocab_size - 1` on as 0; that is allowed for where `vocab_size` is given. With R = 0 the placeholder
-    alone is left.
-
-    Args:
-        answer: what `/generate` answered to `score_payload`.
-        response_tokens: [R], the sampled ids.
-        vocab_size: of the model that scores.
-        prompt_tokens: our own count of the expanded sequence, response included; None where it is unknown.
-        image_tokens: our own count of expanded image pads; None where it is unknown.
-
-    Raises:
-        EngineAbortedError: the server cut the request off.
-        AnswerError: the answer is malformed, or a log-prob is missing or no number.
-        ScoreMismatchError: the scores are not for these tokens, or the picture did not arrive as it was sent.
-    """
-    meta = _meta_info(answer)
-    _finish_type(meta)
-    _same_count("prompt_tokens", _field(meta, "prompt_tokens", int), prompt_tokens)
-    if image_tokens:
-        _same_count("image_tokens", meta.get("image_tokens") or 0, image_tokens)
-    response_length = len(response_tokens)
-    triples = _triples(meta, "input_token_logprobs")
-    if len(triples) < response_length + 1:
-        raise ScoreMismatchError(
-            f"the answer holds {len(triples)} scored positions; {response_length} response tokens and a "
-            "placeholder were asked for. Does the server truncate long inputs (--allow-auto-truncate)?"
-        )
-    tail = triples[len(triples) - response_length :]
-    check_receipt(tail, response_tokens, vocab_size)
-    scored = [
-        [_number(triple[0], f"log-prob of response token {position}"), token, None]
-        for position, (triple, token) in enumerate(zip(tail, response_tokens, strict=True))
-    ]
-    placeholder = triples[len(triples) - response_length - 1]
-    return [[None, placeholder[1], None], *scored]
-
-
-def check_receipt(triples: Sequence[Triple], tokens: Sequence[int], vocab_size: int | None = None) -> None:
-    """Compare the ids of scored positions [R] with the sampled ids [R].
-
-    Raises:
-        ScoreMismatchError: they differ; the first difference is named.
-    """
-    if len(triples) != len(tokens):
-        raise ScoreMismatchError(
-            f"{len(triples)} positions were scored and {len(tokens)} tokens were sampled."
-        )
-    pairs = zip(triples, tokens, strict=True)
-    wrong = [
-        place for place, (triple, token) in enumerate(pairs) if not same_id(token, triple[1], vocab_size)
-    ]
-    if wrong:
-        first = wrong[0]
-        raise ScoreMismatchError(
-            f"the ids that were scored are not the sampled ids: {len(wrong)} of {len(tokens)} response "
-            f"positions differ, the first at {first} (sampled {tokens[first]}, scored {triples[first][1]}). "
-            "The server re-tokenised, shifted or mixed up the input; its version must keep `input_ids` "
-            "verbatim beside `image_data`."
-        )
 
 
 def same_id(sent: int, reported: Any, vocab_size: int | None) -> bool:
@@ -253,15 +152,15 @@ def same_id(sent: int, reported: Any, vocab_size: int | None) -> bool:
     return reported == sent or (reported == 0 and vocab_size is not None and sent >= vocab_size - 1)
 
 
-def _meta_info(answer: Any) -> JsonDict:
+def meta_info(answer: Any) -> JsonDict:
     if not isinstance(answer, dict):
         raise AnswerError(
             f"/generate answered {type(answer).__name__} {str(answer)[:200]!r}; one JSON object is needed."
         )
-    return _field(answer, "meta_info", dict)
+    return field(answer, "meta_info", dict)
 
 
-def _field(record: Mapping[str, Any], key: str, kind: type) -> Any:
+def field(record: Mapping[str, Any], key: str, kind: type) -> Any:
     """Return `record[key]`, which must be of type `kind`."""
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -269,20 +168,20 @@ def _field(record: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
-def _finish_type(meta: Mapping[str, Any]) -> str:
+def finish_type(meta: Mapping[str, Any]) -> str:
     """Return how the request ended: "stop" or "length"."""
-    reason = _field(meta, "finish_reason", dict)
+    reason = field(meta, "finish_reason", dict)
     if reason.get("type") == "abort":
         raise EngineAbortedError(
             f"the server aborted the request: {reason.get('message') or 'no reason given'}."
         )
     if reason.get("matched") == "NaN happened":
         raise AnswerError("the server met NaN while it generated; its weights or numerics are broken.")
-    return _field(reason, "type", str)
+    return field(reason, "type", str)
 
 
-def _triples(meta: Mapping[str, Any], key: str) -> list[Triple]:
-    triples = _field(meta, key, list)
+def triples_of(meta: Mapping[str, Any], key: str) -> list[Triple]:
+    triples = field(meta, key, list)
     for position, triple in enumerate(triples):
         if not isinstance(triple, list) or len(triple) < 2:
             raise AnswerError(
@@ -291,27 +190,18 @@ def _triples(meta: Mapping[str, Any], key: str) -> list[Triple]:
     return triples
 
 
-def _number(value: Any, what: str) -> float:
+def number(value: Any, what: str) -> float:
     """Return a finite float. JSON has no NaN or infinity: the server writes `null` for them."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise AnswerError(
+        raise MissingScoreError(
             f"{what} is {value!r}; a finite number is needed (null stands for NaN or -inf on the server)."
         )
     return float(value)
-
-
-def _same_count(name: str, reported: int, expected: int | None) -> None:
-    if expected is not None and reported != expected:
-        raise ScoreMismatchError(
-            f"the server counts {name} = {reported} and we count {expected}: the picture did not arrive, or "
-            "its processor resizes it otherwise than ours. Compare both checkpoints' "
-            "preprocessor_config.json."
-        )
 
 
 def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
     """Return the versions that produced the response, in order. Older servers report the last one alone."""
     spans = meta.get("weight_versions")
     if not spans:
-        return [str(_field(meta, "weight_version", str))]
-    return list(dict.fromkeys(str(_field(span, "version", str)) for span in spans))
+        return [str(field(meta, "weight_version", str))]
+    return list(dict.fromkeys(str(field(span, "version", str)) for span in spans))

@@ -18,7 +18,13 @@ from urllib.parse import urlsplit, urlunsplit
 import aiohttp
 import orjson
 
-from slime.engines.api import AnswerError, EngineError, EngineTimeoutError, EngineUnreachableError, HttpError
+from slime.engines.errors import (
+    AnswerError,
+    EngineError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    HttpError,
+)
 
 API_KEY_VARIABLE = "SLIME_ENGINE_API_KEY"
 ADMIN_KEY_VARIABLE = "SLIME_ENGINE_ADMIN_KEY"

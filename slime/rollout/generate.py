@@ -15,15 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from slime.engines.api import (
-    AnswerError,
-    EngineAbortedError,
-    GenerateAnswer,
-    ScoreMismatchError,
-    generate_payload,
-    parse_generate,
-)
+from slime.engines.api import GenerateAnswer, generate_payload, parse_generate
 from slime.engines.client import EngineClient
+from slime.engines.errors import AnswerError, EngineAbortedError, ScoreMismatchError
 from slime.engines.model_facts import ModelFacts
 from slime.engines.pictures import data_uris
 from slime.rollout.concurrency import together

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from slime.data.picture_store import PictureStore
 from slime.data.source import EvalSet, PromptSource
 from slime.data.vocabulary import never_sampled
 from slime.engines.client import EngineClient
@@ -41,7 +42,8 @@ class RolloutManager:
         self._args = args
         self._facts = model_facts(args.hf_checkpoint)
         self._processor = load_processor(args.hf_checkpoint)
-        self._source = PromptSource(args, self._processor)
+        self._pictures = PictureStore()
+        self._source = PromptSource(args, self._processor, self._pictures)
         self._eval_sets: list[EvalSet] = []
         self._banned = never_sampled(self._processor.tokenizer, self._facts.vocab_size)
         self._function = _generate_function(args)
@@ -83,7 +85,7 @@ class RolloutManager:
 
     def pictures(self, hashes: Iterable[str]) -> dict[str, bytes]:
         """Return the PNG bytes of pictures by their content hash."""
-        return self._source.pictures.png(hashes)
+        return self._pictures.png(hashes)
 
     @property
     def merge_size(self) -> int:
@@ -101,6 +103,7 @@ class RolloutManager:
 
     async def _generate(self, rollout_id: int) -> RolloutBatch:
         timeouts, bad_rows = shared_grader().timeouts, self._source.bad_rows
+        prepared, hits = self._pictures.prepared, self._pictures.hits
         groups = await asyncio.to_thread(self._source.next_groups, self._args.rollout_batch_size)
         batch = await run_rollout(
             self._args,
@@ -114,6 +117,8 @@ class RolloutManager:
         counts = {
             "rollout/bad_rows": float(self._source.bad_rows - bad_rows),
             "rollout/grader_timeouts": float(shared_grader().timeouts - timeouts),
+            "data/pictures_prepared": float(self._pictures.prepared - prepared),
+            "data/picture_cache_hits": float(self._pictures.hits - hits),
         }
         return RolloutBatch(batch.samples, batch.metrics | counts)
 
@@ -138,7 +143,8 @@ class RolloutManager:
     def _eval_samples(self) -> dict[str, list[Sample]]:
         if not self._eval_sets:
             self._eval_sets = [
-                EvalSet(name, path, self._args, self._processor) for name, path in self._args.eval_sets
+                EvalSet(name, path, self._args, self._processor, self._pictures)
+                for name, path in self._args.eval_sets
             ]
         if not self._eval_sets:
             raise ValueError("an evaluation is asked for and there is no --eval-prompt-data NAME PATH.")

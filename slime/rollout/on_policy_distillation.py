@@ -16,17 +16,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from slime.engines.api import (
-    AnswerError,
-    EngineAbortedError,
-    ScoreMismatchError,
-    collapse_image_pads,
-    score_payload,
-    score_triples,
-)
+from slime.engines.api import collapse_image_pads, score_payload
 from slime.engines.client import EngineClient
+from slime.engines.errors import AnswerError, EngineAbortedError, ScoreMismatchError
 from slime.engines.model_facts import ModelFacts, model_facts
 from slime.engines.pictures import data_uris
+from slime.engines.scores import score_triples
 from slime.utils.types import Sample
 
 REMEDY = "Is the teacher running? See its log (teacher*.log in its output folder) and check --rm-url."

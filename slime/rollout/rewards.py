@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slime.engines.api import ScoreMismatchError, check_receipt
+from slime.engines.errors import ScoreMismatchError
 from slime.engines.model_facts import ModelFacts
+from slime.engines.scores import check_receipt
 from slime.rollout import on_policy_distillation
 from slime.rollout.concurrency import together
 from slime.rollout.rm_hub import Rule, rule_named

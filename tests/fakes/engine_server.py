@@ -201,7 +201,8 @@ class FakeEngine:
     def _spoil(self, triples: list[list[Any]]) -> list[list[Any]]:
         """Plant a fault into the scores."""
         if self._faulty("shift"):
-            return [[None, 0, None], *triples[:-1]]
+            ids = [0, *(token for _, token, _ in triples[:-1])]
+            return [[lp, token, text] for (lp, _, text), token in zip(triples, ids, strict=True)]
         if self._faulty("retokenise"):
             return [*triples[:-2], [-0.5, 7777 % self.vocab_size, None], triples[-1]]
         if self._faulty("clip"):

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from slime.engines.api import EngineError, EngineUnreachableError
 from slime.engines.client import EngineClient
+from slime.engines.errors import EngineError, EngineUnreachableError
 from slime.evaluation import evaluate
 from slime.rollout.generate import Sampler, generate
 from slime.utils.types import Sample

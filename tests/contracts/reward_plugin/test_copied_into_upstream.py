@@ -23,6 +23,7 @@ COPIED = (
     "slime/engines/model_facts.py",
     "slime/engines/pictures.py",
     "slime/rollout/on_policy_distillation.py",
+    "slime/utils/pictures.py",
     "examples/opd_vlm/opd_vlm_reward.py",
 )
 STAND_INS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slime.engines.api import ScoreMismatchError
+from slime.engines.errors import ScoreMismatchError
 from slime.rollout.manager import RolloutManager
 from slime.rollout.rollout import RolloutBatch
 from tests.fakes.engine_server import FakeEngine, serve

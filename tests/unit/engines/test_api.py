@@ -8,17 +8,23 @@ from typing import Any
 import pytest
 
 from slime.engines.api import (
-    AnswerError,
-    EngineAbortedError,
-    HttpError,
-    ScoreMismatchError,
     collapse_image_pads,
     generate_payload,
     parse_generate,
     sampling_params,
     score_payload,
-    score_triples,
 )
+from slime.engines.errors import (
+    AnswerError,
+    EngineAbortedError,
+    HttpError,
+    LengthMismatchError,
+    MissingScoreError,
+    PictureMismatchError,
+    ShortScoresError,
+    TokenMismatchError,
+)
+from slime.engines.scores import score_triples
 from tests.fakes.engine_server import FakeEngine, log_prob
 
 PAD, VOCAB = 90, 100
@@ -48,7 +54,7 @@ def test_the_last_id_is_reported_as_zero_and_is_allowed_for() -> None:
     tokens = [5, 6, VOCAB - 1, 8]
     triples = score_triples(scored(tokens, 1), tokens[2:], vocab_size=VOCAB)
     assert [triple[1] for triple in triples] == [6, VOCAB - 1, 8]
-    with pytest.raises(ScoreMismatchError, match="position"):
+    with pytest.raises(TokenMismatchError, match="position"):
         score_triples(scored(tokens, 1), tokens[2:])
 
 
@@ -67,13 +73,13 @@ def test_a_thousand_good_answers_pass() -> None:
 @pytest.mark.parametrize(
     ("fault", "error", "names"),
     [
-        ("shift", ScoreMismatchError, "sampled"),
-        ("retokenise", ScoreMismatchError, "differ"),
-        ("clip", ScoreMismatchError, "scored 0"),
-        ("other", ScoreMismatchError, "differ"),
-        ("short", ScoreMismatchError, "scored positions"),
-        ("null", AnswerError, "response token 4"),
-        ("nan", AnswerError, "nan"),
+        ("shift", TokenMismatchError, "sampled"),
+        ("retokenise", TokenMismatchError, "differ"),
+        ("clip", TokenMismatchError, "scored 0"),
+        ("other", TokenMismatchError, "differ"),
+        ("short", ShortScoresError, "scored positions"),
+        ("null", MissingScoreError, "response token 4"),
+        ("nan", MissingScoreError, "nan"),
         ("abort", EngineAbortedError, "waiting queue"),
     ],
 )
@@ -87,9 +93,9 @@ def test_a_score_that_is_not_for_these_tokens_is_an_error(
 
 def test_a_picture_that_did_not_arrive_is_an_error() -> None:
     tokens = [5, PAD, 7, 8]
-    with pytest.raises(ScoreMismatchError, match="prompt_tokens = 4 and we count 9"):
+    with pytest.raises(LengthMismatchError, match="prompt_tokens = 4 and we count 9"):
         score_triples(scored(tokens, 2), tokens[3:], vocab_size=VOCAB, prompt_tokens=9)
-    with pytest.raises(ScoreMismatchError, match="image_tokens"):
+    with pytest.raises(PictureMismatchError, match="image_tokens"):
         score_triples(scored(tokens, 2), tokens[3:], vocab_size=VOCAB, prompt_tokens=4, image_tokens=6)
 
 

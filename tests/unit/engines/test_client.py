@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from slime.engines.api import (
+from slime.engines.api import score_payload
+from slime.engines.client import Endpoint, EngineClient
+from slime.engines.errors import (
     AnswerError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
-    score_payload,
 )
-from slime.engines.client import Endpoint, EngineClient
 from tests.fakes.engine_server import FakeEngine, serve
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from slime.engines.api import EngineAbortedError, EngineError, ScoreMismatchError, sampling_params
+from slime.engines.api import sampling_params
 from slime.engines.client import EngineClient
+from slime.engines.errors import EngineAbortedError, EngineError, ScoreMismatchError
 from slime.rollout.concurrency import together
 from slime.rollout.generate import Sampler, generate, generate_all, sampling_seed
 from slime.utils.types import Sample, SampleStatus

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slime.engines import client as client_module
-from slime.engines.api import EngineUnreachableError, ScoreMismatchError
+from slime.engines.errors import EngineUnreachableError, ScoreMismatchError
 from slime.rollout.manager import RolloutManager
 from tests.fakes.engine_server import FakeEngine, log_prob, serve
 from tests.fakes.rollouts import facts, fake_engine, rollout_args, write_prompts

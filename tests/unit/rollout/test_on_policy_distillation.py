@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from slime.engines.api import AnswerError, EngineAbortedError, HttpError, ScoreMismatchError
+from slime.engines.errors import AnswerError, EngineAbortedError, HttpError, ScoreMismatchError
 from slime.rollout.on_policy_distillation import (
     close_teacher_clients,
     post_process_rewards,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slime.engines.api import ScoreMismatchError
+from slime.engines.errors import ScoreMismatchError
 from slime.rollout.rewards import Rewards
 from slime.utils.types import Sample, SampleStatus
 from tests.fakes.rollouts import answered_sample, facts, rollout_args, teacher_tensor

@@ -1,0 +1,76 @@
+"""What can go wrong with a server, one class for each thing that a caller treats differently.
+
+`FAILURES` of transport or server are worth another try somewhere; `MISALIGNED` answers arrived and cannot be
+used, and asking again would not help.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EngineError(RuntimeError):
+    """A server did not do what was asked of it."""
+
+
+class HttpError(EngineError):
+    """A server answered with an error status."""
+
+    def __init__(self, url: str, status: int, body: str, remedy: str = "") -> None:
+        super().__init__(f"{url} answered HTTP {status}: {body[:500]!r}. {remedy}".rstrip())
+        self.url = url
+        self.status = status
+        self.body = body
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the constructor's arguments: the error travels from Ray actors to the driver."""
+        return type(self), (self.url, self.status, self.body, self.remedy)
+
+
+class EngineUnreachableError(EngineError, ConnectionError):
+    """No connection to a server, retries included."""
+
+
+class EngineTimeoutError(EngineError, TimeoutError):
+    """A server did not answer before the deadline, retries included."""
+
+
+class EngineAbortedError(EngineError):
+    """A server cut the request off (`finish_reason` abort)."""
+
+
+class AnswerError(EngineError, ValueError):
+    """A server answered 200 with something that cannot be read."""
+
+
+class WrongAnswerError(AnswerError):
+    """The answer belongs to another request: its id is not the one that was sent."""
+
+
+class MissingScoreError(AnswerError):
+    """A log-prob is null or no number; null is how a server writes NaN and -inf."""
+
+
+class ScoreMismatchError(EngineError, ValueError):
+    """The scores that came back do not belong to the tokens that were sent."""
+
+
+class LengthMismatchError(ScoreMismatchError):
+    """The server counts another number of prompt tokens than we do."""
+
+
+class PictureMismatchError(ScoreMismatchError):
+    """A picture did not arrive, or its processor sees another number of patches than ours."""
+
+
+class ShortScoresError(ScoreMismatchError):
+    """There are fewer scores than response tokens."""
+
+
+class TokenMismatchError(ScoreMismatchError):
+    """The ids that were scored are not the ids that were sampled."""
+
+
+MISALIGNED = (AnswerError, ScoreMismatchError)
+"""Errors of an answer that arrived and is not what was asked for."""

@@ -1,0 +1,207 @@
+"""What `/generate` answers to a scoring request: the receipt of its tokens, their log-probs, the top-k.
+
+The half of the wire (`api.py`) that reads scores. Shape letters: R response tokens, K teacher top-k.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slime.engines.api import Triple, field, finish_type, meta_info, number, same_id
+from slime.engines.errors import (
+    AnswerError,
+    LengthMismatchError,
+    MissingScoreError,
+    PictureMismatchError,
+    ShortScoresError,
+    TokenMismatchError,
+)
+
+
+def score_triples(
+    answer: Any,
+    response_tokens: Sequence[int],
+    *,
+    vocab_size: int | None = None,
+    prompt_tokens: int | None = None,
+    image_tokens: int | None = None,
+) -> list[Triple]:
+    """Return the last R + 1 triples of a scored sequence, the first a placeholder, after checking the token
+    receipt.
+
+    The ids that come back for the last R positions must be the R sampled ids. SGLang reports ids from
+    `vocab_size - 1` on as 0; that is allowed for where `vocab_size` is given. With R = 0 the placeholder
+    alone is left.
+
+    Args:
+        answer: what `/generate` answered to `score_payload`.
+        response_tokens: [R], the sampled ids.
+        vocab_size: of the model that scores.
+        prompt_tokens: our own count of the expanded sequence, response included; None where it is unknown.
+        image_tokens: our own count of expanded image pads; None where it is unknown.
+
+    Raises:
+        EngineAbortedError: the server cut the request off.
+        MissingScoreError: a log-prob is null or no number.
+        AnswerError: the answer is malformed.
+        PictureMismatchError: a picture did not arrive as it was sent.
+        LengthMismatchError: the server read another number of tokens.
+        ShortScoresError: there are fewer than R + 1 scored positions.
+        TokenMismatchError: other ids were scored than were sampled.
+    """
+    meta = meta_info(answer)
+    finish_type(meta)
+    _check_counts(meta, prompt_tokens, image_tokens)
+    triples = field(meta, "input_token_logprobs", list)
+    wanted = len(response_tokens) + 1
+    if len(triples) < wanted:
+        raise ShortScoresError(
+            f"the answer holds {len(triples)} scored positions; {wanted - 1} response tokens and a "
+            "placeholder were asked for. Does the server truncate long inputs (--allow-auto-truncate)?"
+        )
+    placeholder, *scored = triples[len(triples) - wanted :]
+    values, ids = _columns(scored)
+    _require_numbers(values)
+    if ids != list(response_tokens):
+        check_receipt(scored, response_tokens, vocab_size)
+        scored = [[value, token, None] for value, token in zip(values, response_tokens, strict=True)]
+    return [[None, _column(placeholder, 1), None], *scored]
+
+
+def _columns(triples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return log-probs and ids; thousands a sample, so it is one plain pass."""
+    try:
+        return [triple[0] for triple in triples], [triple[1] for triple in triples]
+    except (TypeError, IndexError, KeyError) as error:
+        bad = next(triple for triple in triples if not isinstance(triple, list) or len(triple) < 2)
+        raise AnswerError(
+            f"`input_token_logprobs` holds {str(bad)[:100]!r}; [log-prob, token id, text] is needed."
+        ) from error
+
+
+def _column(triple: Any, place: int) -> Any:
+    return _columns([triple])[place][0]
+
+
+def _require_numbers(values: Sequence[Any]) -> None:
+    """Check the log-probs of the response: the sum of finite numbers is finite, and is found in one pass."""
+    if set(map(type, values)) <= {float} and math.isfinite(math.fsum(values)):
+        return
+    for position, value in enumerate(values):
+        number(value, f"log-prob of response token {position}")
+
+
+def _check_counts(meta: Mapping[str, Any], prompt_tokens: int | None, image_tokens: int | None) -> None:
+    """Compare the server's counts with ours. The picture first: without it the length is wrong as well."""
+    if image_tokens and "image_tokens" in meta and meta["image_tokens"] != image_tokens:
+        raise PictureMismatchError(
+            f"the server counts image_tokens = {meta['image_tokens']} and we count {image_tokens}: the "
+            "picture did not arrive, or its processor resizes it otherwise than ours. Compare both "
+            "checkpoints' preprocessor_config.json."
+        )
+    reported = field(meta, "prompt_tokens", int)
+    if prompt_tokens is None or reported == prompt_tokens:
+        return
+    error = PictureMismatchError if image_tokens else LengthMismatchError
+    raise error(
+        f"the server counts prompt_tokens = {reported} and we count {prompt_tokens}: it truncates or "
+        "re-tokenises the input"
+        + (", or a picture did not arrive at our grid." if image_tokens else ".")
+        + " It must keep `input_ids` verbatim."
+    )
+
+
+def check_receipt(triples: Sequence[Triple], tokens: Sequence[int], vocab_size: int | None = None) -> None:
+    """Compare the ids of scored positions [R] with the sampled ids [R].
+
+    Raises:
+        TokenMismatchError: they differ; the first difference is named.
+    """
+    if len(triples) != len(tokens):
+        raise ShortScoresError(f"{len(triples)} positions were scored and {len(tokens)} tokens were sampled.")
+    pairs = zip(triples, tokens, strict=True)
+    wrong = [
+        place for place, (triple, token) in enumerate(pairs) if not same_id(token, triple[1], vocab_size)
+    ]
+    if wrong:
+        first = wrong[0]
+        raise TokenMismatchError(
+            f"the ids that were scored are not the sampled ids: {len(wrong)} of {len(tokens)} response "
+            f"positions differ, the first at {first} (sampled {tokens[first]}, scored {triples[first][1]}). "
+            "The server re-tokenised, shifted or mixed up the input; its version must keep `input_ids` "
+            "verbatim beside `image_data`."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TopScores:
+    """The likeliest tokens at each response position, likeliest first."""
+
+    ids: npt.NDArray[np.int32]
+    """[R, K]."""
+    log_probs: npt.NDArray[np.float32]
+    """[R, K]."""
+
+
+def top_scores(answer: Any, response_length: int, top_k: int) -> TopScores:
+    """Read the top-k of the last R positions, in the base64, the flat or the long form.
+
+    Raises:
+        AnswerError: there are none, or they cannot be read.
+        ShortScoresError: there are fewer than R rows.
+    """
+    meta = meta_info(answer)
+    form = "input_top_logprobs"
+    if f"{form}_shape" in meta:
+        values, ids = _flat_rows(meta, form, "val", np.float32), _flat_rows(meta, form, "idx", np.int32)
+    elif form in meta:
+        values, ids = _long_rows(field(meta, form, list), response_length)
+    else:
+        raise AnswerError(
+            f"the teacher's top-{top_k} was asked for and the answer has no `{form}`; the server is too old "
+            "for top_logprobs_num, or something between drops it. Leave --opd-top-k away or update it."
+        )
+    if response_length == 0:
+        return TopScores(np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32))
+    if len(values) < response_length or values.shape != ids.shape or values.shape[1] != top_k:
+        raise ShortScoresError(
+            f"the teacher's top-{top_k} has the shapes {values.shape} and {ids.shape} for {response_length} "
+            f"response tokens; [{response_length}, {top_k}] is needed."
+        )
+    rows = slice(len(values) - response_length, None)
+    if not np.isfinite(values[rows]).all():
+        raise MissingScoreError("the teacher's top-k holds numbers that are not finite.")
+    return TopScores(ids[rows], values[rows])
+
+
+def _flat_rows(meta: Mapping[str, Any], form: str, part: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """Return one of the two flat arrays as [rows, K]; rows are the positions behind the null prefix."""
+    shape = field(meta, f"{form}_shape", list)
+    try:
+        if f"{form}_{part}_flat_b64" in meta:
+            raw = base64.b64decode(meta[f"{form}_{part}_flat_b64"], validate=True)
+            flat = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype)
+        else:
+            flat = np.asarray(field(meta, f"{form}_{part}_flat", list), dtype)
+        return flat.reshape(shape)
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise AnswerError(f"`{form}_{part}_flat` cannot be read as {shape}: {error}") from error
+
+
+def _long_rows(rows: list[Any], response_length: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return values and ids [R, K] of rows of triples."""
+    tail = rows[len(rows) - response_length :] if response_length <= len(rows) else []
+    try:
+        values = np.asarray([[triple[0] for triple in row] for row in tail], np.float32)
+        ids = np.asarray([[triple[1] for triple in row] for row in tail], np.int32)
+    except (TypeError, IndexError, KeyError, ValueError) as error:
+        raise AnswerError(f"`input_top_logprobs` cannot be read: {error}") from error
+    return values.reshape(len(tail), -1), ids.reshape(len(tail), -1)
