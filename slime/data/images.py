@@ -7,16 +7,13 @@ the same pixels and count the same tokens. Slow by nature (decoding, network): c
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 import urllib.error
 import urllib.request
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -25,9 +22,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from slime.utils.pictures import (
     MAX_IMAGE_BYTES,
     BadImageError,
-    attach_png,
+    EncodedPicture,
+    data_uri_bytes,
     decode_image,
     encode_png,
+    encoded_picture,
     open_image,
     to_rgb,
 )
@@ -35,17 +34,49 @@ from slime.utils.pictures import (
 FETCH_SECONDS = 20.0
 FETCH_ATTEMPTS = 3
 FETCH_BLOCK = 2**16
-STORE_BYTES = 2**30
 URL_SCHEMES = ("http://", "https://")
 
 
 @dataclass(frozen=True)
-class Picture:
+class Picture(EncodedPicture):
     """A prepared picture as it travels: content hash, bytes, patch grid."""
 
-    sha256: str
-    png: bytes
     grid_thw: tuple[int, int, int]
+
+
+def picture_key(source: Any, image_root: str | Path | None = None, confined: bool = False) -> Hashable:
+    """Return what tells a picture of a data row from others, without decoding it.
+
+    Encoded bytes and data URIs are known by their content, local files by path, size and time of change, URLs
+    by themselves, PIL pictures by their pixels. Arguments and errors are `load_image`'s.
+    """
+    source = _plain(source)
+    if isinstance(source, str) and source.startswith(URL_SCHEMES):
+        return "url", source
+    if isinstance(source, str) and source.startswith("data:"):
+        source = data_uri_bytes(source)
+    if isinstance(source, str):
+        path = _local_path(source, image_root, confined)
+        try:
+            status = path.stat()
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise BadImageError(f"{str(path)[:200]} cannot be read: {error}") from error
+        return "file", str(path), status.st_size, status.st_mtime_ns
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "content", hashlib.sha256(source).digest()
+    return "pixels", encoded_picture(open_image(source)).sha256
+
+
+def _plain(source: Any) -> Any:
+    """Return what a row's `{"bytes", "path"}` means."""
+    if not isinstance(source, dict):
+        return source
+    if source.get("bytes") is not None:
+        return source["bytes"]
+    inner = source.get("path") or source.get("url")
+    if inner is None:
+        raise BadImageError("the picture has neither bytes nor a path.")
+    return inner
 
 
 def load_image(source: Any, image_root: str | Path | None = None, confined: bool = False) -> Image.Image:
@@ -56,10 +87,7 @@ def load_image(source: Any, image_root: str | Path | None = None, confined: bool
     Raises:
         BadImageError: it cannot be had, decoded or used.
     """
-    if isinstance(source, dict) and source.get("bytes") is None:
-        source = source.get("path") or source.get("url")
-        if source is None:
-            raise BadImageError("the picture has neither bytes nor a path.")
+    source = _plain(source)
     if isinstance(source, str) and source.startswith(URL_SCHEMES):
         return decode_image(fetch(source))
     if isinstance(source, str) and not source.startswith("data:"):
@@ -135,10 +163,8 @@ def _fetch_once(url: str, deadline: float) -> bytes:
 
 def prepare_picture(
     image: Image.Image, image_processor: Any, min_pixels: int | None = None, max_pixels: int | None = None
-) -> tuple[Image.Image, Picture]:
+) -> Picture:
     """Resize once to what every processor leaves alone, and encode once.
-
-    Returns the picture opened from its PNG (decoded when somebody asks for pixels) and its travelling form.
 
     Raises:
         BadImageError: too long and thin, or its limits cannot be met.
@@ -150,11 +176,8 @@ def prepare_picture(
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling(int(image_processor.resample)))
     png = encode_png(rgb)
-    opened = Image.open(io.BytesIO(png), formats=("PNG",))
-    sha256 = hashlib.sha256(png).hexdigest()
-    attach_png(opened, png, sha256)
     patch = image_processor.patch_size
-    return opened, Picture(sha256, png, (1, height // patch, width // patch))
+    return Picture(hashlib.sha256(png).hexdigest(), png, (1, height // patch, width // patch))
 
 
 def pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
@@ -194,37 +217,3 @@ def target_size(height: int, width: int, factor: int, low: int, high: int) -> tu
             f"{high} pixels; widen --image-min-pixels or --image-max-pixels."
         )
     return target
-
-
-class PictureStore:
-    """Content hash to PNG, the least recently used forgotten beyond a number of bytes. Safe for threads."""
-
-    def __init__(self, max_bytes: int = STORE_BYTES) -> None:
-        self._pictures: OrderedDict[str, Picture] = OrderedDict()
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._lock = Lock()
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def add(self, picture: Picture) -> Picture:
-        """Keep a picture; return the one that is kept under its hash."""
-        with self._lock:
-            if picture.sha256 not in self._pictures:
-                self._pictures[picture.sha256] = picture
-                self._bytes += len(picture.png)
-            self._pictures.move_to_end(picture.sha256)
-            while self._bytes > self._max_bytes and len(self._pictures) > 1:
-                _, forgotten = self._pictures.popitem(last=False)
-                self._bytes -= len(forgotten.png)
-            return self._pictures[picture.sha256]
-
-    def png(self, hashes: Iterable[str]) -> dict[str, bytes]:
-        """Return the PNG of each hash.
-
-        Raises:
-            KeyError: a picture was never prepared here, or is forgotten.
-        """
-        with self._lock:
-            return {sha256: self._pictures[sha256].png for sha256 in hashes}

@@ -13,10 +13,11 @@ from PIL import Image
 from slime.arguments.data import DataArgs
 from slime.data.errors import BadRow, DataError
 from slime.data.expand import expanded_length
-from slime.data.images import Picture, PictureStore, load_image, pixel_limits, prepare_picture
+from slime.data.images import Picture, load_image, picture_key, pixel_limits, prepare_picture
+from slime.data.picture_store import PictureStore
 from slime.data.prompts import PromptBuilder, PromptDraft, PromptError
 from slime.data.reader import RowRef, data_folder, read_rows
-from slime.utils.pictures import BadImageError, blank_like
+from slime.utils.pictures import BadImageError, blank_like, open_encoded
 from slime.utils.types import Sample
 
 
@@ -65,6 +66,9 @@ class RowPreparer:
         self._image_processor = processor.image_processor
         self._merge_size = 1 if processor.image_processor is None else processor.image_processor.merge_size
         self._image_root = args.image_root or data_folder(source)
+        self._confined = args.image_root is not None
+        self._recipe = (blank, args.image_min_pixels, args.image_max_pixels)
+        """What a prepared picture depends on besides its source; the processor is the run's."""
         self._image_column = args.multimodal_keys.get("image")
         self._rows = read_rows(source, self._columns())
         self._require_columns()
@@ -172,18 +176,17 @@ class RowPreparer:
     def _prepare(self, row: RowRef) -> PreparedPrompt:
         prompt, label, metadata = self._read_text(row)
         draft = self._draft(row, prompt, self._picture_sources(row))
-        prepared = [self._picture(row, number, source) for number, source in enumerate(draft.pictures, 1)]
+        pictures = [self._picture(row, number, source) for number, source in enumerate(draft.pictures, 1)]
         try:
             text, tokens = self._builder.render(draft)
         except PromptError as error:
             raise row.bad(str(error)) from error
-        pictures = [picture for _, picture in prepared]
         self._limit_length(row, tokens, pictures)
         return PreparedPrompt(
             text=text,
             tokens=tokens,
             label=label,
-            images=[image for image, _ in prepared],
+            images=[open_encoded(picture) for picture in pictures],
             pictures=pictures,
             metadata={**metadata, "data_file": row.file, "data_row": row.number},
         )
@@ -196,19 +199,20 @@ class RowPreparer:
             return []
         return value if isinstance(value, list) else [value]
 
-    def _picture(self, row: RowRef, number: int, source: Any) -> tuple[Image.Image, Picture]:
-        """Open and prepare one picture of a row."""
-        args = self._args
+    def _picture(self, row: RowRef, number: int, source: Any) -> Picture:
+        """Return one picture of a row as the store has it, prepared when this is its first turn."""
         try:
-            image = load_image(source, self._image_root, confined=args.image_root is not None)
-            if self._blank:
-                image = blank_like(image)
-            image, picture = prepare_picture(
-                image, self._image_processor, args.image_min_pixels, args.image_max_pixels
-            )
+            key = picture_key(source, self._image_root, confined=self._confined)
+            return self._store.get((key, *self._recipe), lambda: self._make(source))
         except BadImageError as error:
             raise row.bad(f"picture {number}: {error}") from error
-        return image, self._store.add(picture)
+
+    def _make(self, source: Any) -> Picture:
+        image = load_image(source, self._image_root, confined=self._confined)
+        if self._blank:
+            image = blank_like(image)
+        args = self._args
+        return prepare_picture(image, self._image_processor, args.image_min_pixels, args.image_max_pixels)
 
     def _limit_length(self, row: RowRef, tokens: Sequence[int], pictures: Sequence[Picture]) -> None:
         limit = self._args.max_prompt_length

@@ -14,7 +14,8 @@ from typing import Any
 
 from slime.arguments import Args
 from slime.data.errors import DataError
-from slime.data.images import PictureStore
+from slime.data.images import Picture
+from slime.data.picture_store import PictureStore
 from slime.data.rows import PreparedPrompt, RowPreparer
 from slime.utils.types import Sample
 
@@ -24,12 +25,13 @@ PREPARE_THREADS = 4
 class PromptSource:
     """Yields groups of samples from `--prompt-data`, epoch after epoch.
 
-    `bad_rows` counts rows that were skipped so far (`--bad-rows skip`), each time their turn came.
+    `bad_rows` counts rows that were skipped so far (`--bad-rows skip`), each time their turn came. The
+    pictures of the last groups that were asked for stay in the store until the next ones are.
     """
 
-    def __init__(self, args: Args, processor: Any) -> None:
-        self.pictures = PictureStore()
-        self._preparer = RowPreparer(args, args.prompt_data, processor, self.pictures)
+    def __init__(self, args: Args, processor: Any, pictures: PictureStore) -> None:
+        self._preparer = RowPreparer(args, args.prompt_data, processor, pictures)
+        self._held: list[Picture] = []
         self._samples_per_prompt = args.n_samples_per_prompt
         self._skip = args.bad_rows == "skip"
         self._seed = args.seed if args.rollout_shuffle else None
@@ -51,6 +53,7 @@ class PromptSource:
             DataError: a whole epoch has no usable row.
         """
         groups: list[list[Sample]] = []
+        held: list[Picture] = []
         bad_in_a_row = 0
         with ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="slime-data") as pool:
             while len(groups) < count:
@@ -59,6 +62,7 @@ class PromptSource:
                     if isinstance(outcome, PreparedPrompt):
                         bad_in_a_row = 0
                         groups.append(self._group(outcome))
+                        held += outcome.pictures
                         continue
                     if not self._skip:
                         raise outcome
@@ -68,6 +72,7 @@ class PromptSource:
                         raise DataError(
                             f"no row of {self._preparer.source} can be used; the last one: {outcome}"
                         )
+        self._held = held
         return groups
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,12 +135,11 @@ class PromptSource:
 class EvalSet:
     """A held-out set, whole and in file order."""
 
-    def __init__(self, name: str, path: str, args: Args, processor: Any) -> None:
+    def __init__(self, name: str, path: str, args: Args, processor: Any, pictures: PictureStore) -> None:
         self.name = name
-        self.pictures = PictureStore()
         self.bad_rows = 0
         """Rows that were left out (`--bad-rows skip`)."""
-        self._preparer = RowPreparer(args, path, processor, self.pictures, blank=args.eval_blank_images)
+        self._preparer = RowPreparer(args, path, processor, pictures, blank=args.eval_blank_images)
         self._samples_per_prompt = args.n_samples_per_eval_prompt
         self._skip = args.bad_rows == "skip"
         self._prepared: list[PreparedPrompt] | None = None

@@ -1,7 +1,7 @@
 """Pictures on their way to a server: PNG data URIs, made off the event loop.
 
-A prepared picture carries its PNG, so that the student's engine, the teacher and every sample of a group send
-the same bytes; servers key their caches by them.
+A prepared picture has its URI already, so that the student's engine, the teacher and every sample of a group
+send the same bytes at no cost; servers key their caches by them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from slime.utils.processing_utils import encode_image_for_rollout_engine
+from slime.utils.pictures import is_at_hand, picture_uri
 
 
 async def data_uris(images: Sequence[Any]) -> list[str]:
-    """Encode pictures; one that was never encoded costs many milliseconds, so a thread does it."""
-    if not images:
-        return []
-    return await asyncio.to_thread(lambda: [encode_image_for_rollout_engine(image) for image in images])
+    """Return the pictures as data URIs; a thread makes what is not at hand, which takes milliseconds."""
+    if all(is_at_hand(image) for image in images):
+        return [picture_uri(image) for image in images]
+    return await asyncio.to_thread(lambda: [picture_uri(image) for image in images])

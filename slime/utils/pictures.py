@@ -1,21 +1,32 @@
 """Pictures as PIL, bytes and PNG: safe decoding, one RGB form, one encoding.
 
 The lowest layer of it: no data set, no URL, no model. `slime.data.images` fetches and resizes.
+
+Encoding is what costs (26 ms for a drawing of 1024x1024), so a picture object's encoding is remembered
+beside it, never in it: copies, rotations and pickles of the picture inherit nothing, and its `info` is
+untouched. What was drawn on never goes out stale: a picture that is still the unread file that it was opened
+from is sent as it is, and one whose pixels somebody has read is compared, by a digest of them, with what was
+encoded.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 import struct
+import weakref
 import zlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 MAX_IMAGE_BYTES = 64 * 2**20
 """Largest encoded picture that is opened."""
@@ -23,6 +34,7 @@ MAX_IMAGE_PIXELS = 64 * 2**20
 """Largest picture that is decoded; beyond it a small file can fill the memory (a decompression bomb)."""
 PNG_COMPRESSION = 3
 """zlib level: two thirds of the time of the default 6, for 5 to 12 % more bytes on line drawings."""
+PNG_URI = "data:image/png;base64,"
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DECODE_ERRORS = (
@@ -155,28 +167,113 @@ def _bare(image: Image.Image) -> Image.Image:
     return bare
 
 
-class _OwnInfo(dict[str | tuple[int, int], Any]):
-    """Picture info whose `png` stays with the picture: PIL copies info to every picture that is made from one
-    (by `copy()`, newer versions by `items()`), and a rotated copy would carry the PNG of the original."""
+@dataclass(frozen=True)
+class EncodedPicture:
+    """The one encoding of a picture, which all who send or train on it share."""
 
-    def copy(self) -> dict[str | tuple[int, int], Any]:
-        return dict(self.items())
+    sha256: str
+    """Of `png`, in hexadecimal: the picture's name on its way."""
+    png: bytes
 
-    def items(self) -> Any:
-        return {key: value for key, value in super().items() if key not in ("png", "sha256")}.items()
+    @cached_property
+    def data_uri(self) -> str:
+        """The form that engines take."""
+        return PNG_URI + base64.b64encode(self.png).decode("ascii")
 
 
-def attach_png(image: Image.Image, png: bytes, sha256: str) -> None:
-    """Remember the PNG of exactly these pixels, and its hash, in `info["png"]` and `info["sha256"]`.
+class _Memory:
+    """What is remembered of one picture object: its encoding, and of which pixels it is."""
 
-    They do not follow into copies. Who draws on the picture itself must drop them.
+    def __init__(self, image: Image.Image) -> None:
+        key = id(image)
+        self.image = weakref.ref(image, lambda _: _memories.pop(key, None))
+        self.lock = Lock()
+        self.encoded: EncodedPicture | None = None
+        self.pixels: bytes | None = None
+        """Digest of the encoded pixels; None: those of `encoded.png`, from which the picture was opened."""
+
+    def is_current(self, image: Image.Image) -> bool:
+        """Tell whether the encoding is that of the pixels that the picture has now."""
+        if self.encoded is None:
+            return False
+        if self.pixels is None:
+            if _is_unread(image):
+                return True
+            self.pixels = _pixel_digest(Image.open(io.BytesIO(self.encoded.png), formats=("PNG",)))
+        return self.pixels == _pixel_digest(image)
+
+
+_memories: dict[int, _Memory] = {}
+"""By `id()` of living pictures; PIL's pictures compare by their pixels and cannot be keys."""
+
+
+def _memory_of(image: Image.Image) -> _Memory:
+    memory = _memories.get(id(image))
+    return _memories.setdefault(id(image), _Memory(image)) if memory is None else memory
+
+
+def open_encoded(encoded: EncodedPicture) -> Image.Image:
+    """Return the picture, its pixels unread until somebody asks for them; sending it costs no encoding."""
+    image = Image.open(io.BytesIO(encoded.png), formats=("PNG",))
+    _memory_of(image).encoded = encoded
+    return image
+
+
+def encoded_picture(image: Image.Image) -> EncodedPicture:
+    """Return the PNG of a picture as RGB, encoded once for each state of its pixels. Safe for threads.
+
+    Raises:
+        BadImageError: it cannot be encoded as 8-bit RGB.
     """
-    image.info = _OwnInfo({**image.info, "png": png, "sha256": sha256})
+    memory = _memory_of(image)
+    with memory.lock:
+        if memory.encoded is None or not memory.is_current(image):
+            memory.encoded = _encode(image)
+            memory.pixels = _pixel_digest(image)
+        return memory.encoded
 
 
-def png_of(image: Image.Image) -> bytes | None:
-    """Return the PNG that `attach_png` remembered, None where there is none."""
-    return image.info.get("png")
+def _encode(image: Image.Image) -> EncodedPicture:
+    png = encode_png(to_rgb(image))
+    return EncodedPicture(hashlib.sha256(png).hexdigest(), png)
+
+
+def picture_uri(source: Image.Image | bytes | str | Path | dict[str, Any]) -> str:
+    """Return a picture as PNG data URI; takes what `open_image` takes.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return encoded_picture(source).data_uri
+    if isinstance(source, str) and source.startswith(PNG_URI):
+        return source
+    return _encode(open_image(source)).data_uri
+
+
+def is_at_hand(source: Any) -> bool:
+    """Tell whether `picture_uri` answers at once, without looking at a pixel."""
+    if isinstance(source, str):
+        return source.startswith(PNG_URI)
+    return isinstance(source, Image.Image) and _is_encoded(source)
+
+
+def _is_encoded(image: Image.Image) -> bool:
+    memory = _memories.get(id(image))
+    return memory is not None and memory.encoded is not None and memory.pixels is None and _is_unread(image)
+
+
+def _is_unread(image: Image.Image) -> bool:
+    """Tell whether the picture is still the file that it was opened from: nobody can have drawn on it."""
+    return isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+
+
+def _pixel_digest(image: Image.Image) -> bytes:
+    """Return a digest of all that `to_rgb` reads."""
+    pixels = image.tobytes()
+    palette = None if image.palette is None else image.palette.tobytes()
+    head = (image.mode, image.size, palette, image.info.get("transparency"))
+    return hashlib.sha256(repr(head).encode() + pixels).digest()
 
 
 def blank_like(image: Image.Image) -> Image.Image:

@@ -7,7 +7,6 @@ torchvision. Nothing here knows data sets or fetches a URL; `slime.data.images` 
 
 from __future__ import annotations
 
-import base64
 import importlib
 import re
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from slime.utils.pictures import BadImageError, decode_image, encode_png, open_image, png_of, to_rgb
+from slime.utils.pictures import BadImageError, decode_image, picture_uri
 
 __all__ = [
     "BadImageError",
@@ -142,16 +141,12 @@ def torchvision_works() -> bool:
 
 
 def encode_image_for_rollout_engine(image: Image.Image | bytes | str | Path | dict[str, Any]) -> str:
-    """Return a picture as the PNG data URI that engines take; a prepared picture is not encoded again.
+    """Return a picture as the PNG data URI that engines take.
 
     Takes a PIL picture, encoded bytes, a data URI, the path of a local file, or `{"bytes": …, "path": …}`.
+    A prepared picture costs nothing; any other PIL picture is encoded once, and again after it was drawn on.
 
     Raises:
         BadImageError: it cannot be read.
     """
-    if isinstance(image, str) and image.startswith("data:image/png;base64,"):
-        return image
-    png = png_of(image) if isinstance(image, Image.Image) else None
-    if png is None:
-        png = encode_png(to_rgb(open_image(image)))
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    return picture_uri(image)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slime.arguments import Args
 from slime.data.errors import BadRow
-from slime.data.images import PictureStore
+from slime.data.picture_store import PictureStore
 from slime.data.rows import PreparedPrompt, RowPreparer
 
 TEXTS = st.text(max_size=20) | st.sampled_from(

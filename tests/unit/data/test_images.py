@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slime.data import images
-from slime.data.images import Picture, PictureStore, load_image, prepare_picture, target_size
-from slime.utils.pictures import BadImageError
+from slime.data.images import load_image, prepare_picture, target_size
+from slime.utils.pictures import BadImageError, open_encoded
 from slime.utils.processing_utils import encode_image_for_rollout_engine
 
 MakeNoise = Callable[..., Image.Image]
@@ -32,19 +32,19 @@ Encode = Callable[..., bytes]
 def test_processor_leaves_a_prepared_picture_alone(processor: Any, width: int, height: int) -> None:
     if max(width, height) > 200 * min(width, height):
         return
-    opened, picture = prepare_picture(Image.new("RGB", (width, height), "teal"), processor.image_processor)
+    picture = prepare_picture(Image.new("RGB", (width, height), "teal"), processor.image_processor)
+    opened = open_encoded(picture)
     features = processor.image_processor(images=[opened], return_tensors="np")
     assert tuple(features["image_grid_thw"][0]) == picture.grid_thw
     assert opened.size == (16 * picture.grid_thw[2], 16 * picture.grid_thw[1])
-    _, again = prepare_picture(opened, processor.image_processor)
-    assert again == picture
+    assert prepare_picture(opened, processor.image_processor) == picture
 
 
 def test_prepared_pixels_are_those_that_the_processor_would_have_made(
     processor: Any, make_noise: MakeNoise
 ) -> None:
     image = make_noise(203, 117)
-    opened, _ = prepare_picture(image, processor.image_processor)
+    opened = open_encoded(prepare_picture(image, processor.image_processor))
     ours = processor.image_processor(images=[opened], return_tensors="np")["pixel_values"]
     direct = processor.image_processor(images=[image], return_tensors="np")["pixel_values"]
     assert (
@@ -54,7 +54,8 @@ def test_prepared_pixels_are_those_that_the_processor_would_have_made(
 
 def test_a_fitting_picture_keeps_its_pixels(processor: Any, make_noise: MakeNoise) -> None:
     image = make_noise(96, 64)
-    opened, picture = prepare_picture(image, processor.image_processor)
+    picture = prepare_picture(image, processor.image_processor)
+    opened = open_encoded(picture)
     assert np.array_equal(np.asarray(opened), np.asarray(image))
     assert picture.grid_thw == (1, 4, 6)
     assert picture.sha256 == hashlib.sha256(picture.png).hexdigest()
@@ -67,22 +68,23 @@ def test_same_pixels_give_the_same_bytes_whatever_they_came_from(
     annotated = image.copy()
     annotated.info = {"icc_profile": b"x" * 30, "dpi": (72, 72), "exif": b"Exif\0\0"}
     sources = [image, annotated, load_image(encode(image)), load_image(encode(image, "BMP"))]
-    assert len({prepare_picture(source, processor.image_processor)[1].sha256 for source in sources}) == 1
+    assert len({prepare_picture(source, processor.image_processor).sha256 for source in sources}) == 1
 
 
 def test_encoding_for_an_engine_does_not_encode_again(
     processor: Any, make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, picture = prepare_picture(make_noise(96, 64), processor.image_processor)
-    monkeypatch.setattr("slime.utils.processing_utils.encode_png", lambda image: pytest.fail("encoded again"))
+    picture = prepare_picture(make_noise(96, 64), processor.image_processor)
+    opened = open_encoded(picture)
+    monkeypatch.setattr("slime.utils.pictures.encode_png", lambda image: pytest.fail("encoded again"))
     uri = encode_image_for_rollout_engine(opened)
     assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == picture.png
 
 
 def test_flags_narrow_the_processors_limits(processor: Any, make_noise: MakeNoise) -> None:
     small, large = make_noise(70, 70), make_noise(300, 300)
-    _, enlarged = prepare_picture(small, processor.image_processor, min_pixels=200 * 200)
-    _, shrunk = prepare_picture(large, processor.image_processor, max_pixels=100 * 100)
+    enlarged = prepare_picture(small, processor.image_processor, min_pixels=200 * 200)
+    shrunk = prepare_picture(large, processor.image_processor, max_pixels=100 * 100)
     assert enlarged.grid_thw[1] * enlarged.grid_thw[2] * 256 >= 200 * 200
     assert shrunk.grid_thw[1] * shrunk.grid_thw[2] * 256 <= 100 * 100
     with pytest.raises(BadImageError, match="--image-min-pixels"):
@@ -100,14 +102,14 @@ def test_limits_that_no_size_meets_are_an_error_and_not_a_second_resize() -> Non
 def test_transparency_lies_on_white(processor: Any, mode: str) -> None:
     drawing = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
     drawing.paste((0, 0, 0, 255), (10, 10, 20, 20))
-    opened, _ = prepare_picture(drawing.convert(mode), processor.image_processor)
+    opened = open_encoded(prepare_picture(drawing.convert(mode), processor.image_processor))
     assert opened.getpixel((50, 50)) == (255, 255, 255)
     assert opened.getpixel((15, 15)) == (0, 0, 0)
 
 
 def test_sixteen_bit_grey_keeps_its_tones(processor: Any) -> None:
     ramp = Image.fromarray(np.full((96, 96), 0x8000, dtype=np.uint16))
-    opened, _ = prepare_picture(ramp, processor.image_processor)
+    opened = open_encoded(prepare_picture(ramp, processor.image_processor))
     assert opened.getpixel((5, 5)) == (128, 128, 128)
 
 
@@ -116,7 +118,7 @@ def test_rotation_by_exif_is_not_applied(processor: Any, make_noise: MakeNoise) 
     exif[0x0112] = 6
     buffer = io.BytesIO()
     make_noise(96, 64).save(buffer, "PNG", exif=exif)
-    _, picture = prepare_picture(load_image(buffer.getvalue()), processor.image_processor)
+    picture = prepare_picture(load_image(buffer.getvalue()), processor.image_processor)
     assert picture.grid_thw == (1, 4, 6)
 
 
@@ -268,16 +270,3 @@ def test_unreachable_host_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(images.time, "sleep", lambda seconds: None)
     with pytest.raises(BadImageError, match="cannot be fetched"):
         load_image("http://127.0.0.1:9/a.png")
-
-
-def test_store_keeps_one_copy_and_forgets_the_oldest() -> None:
-    store = PictureStore(max_bytes=25)
-    pictures = [Picture(name, name.encode() * 10, (1, 2, 2)) for name in "abc"]
-    assert store.add(pictures[0]) is pictures[0]
-    assert store.add(Picture("a", b"a" * 10, (1, 2, 2))) is pictures[0]
-    store.add(pictures[1])
-    store.add(pictures[0])
-    store.add(pictures[2])
-    assert store.png(["a", "c"]) == {"a": b"a" * 10, "c": b"c" * 10}
-    with pytest.raises(KeyError):
-        store.png(["b"])

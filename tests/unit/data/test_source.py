@@ -14,6 +14,7 @@ import pytest
 from slime.arguments import Args
 from slime.data.errors import BadRow, DataError
 from slime.data.expand import expand_image_pads
+from slime.data.picture_store import PictureStore
 from slime.data.source import EvalSet, PromptSource
 
 Write = Callable[..., str]
@@ -31,7 +32,7 @@ def test_group_is_n_samples_of_one_prompt(
 ) -> None:
     rows = [make_row(number, metadata={"origin": "geo"}) for number in range(3)]
     path = parquet(rows)
-    source = PromptSource(make_args(path), processor)
+    source = PromptSource(make_args(path), processor, PictureStore())
     first, second = source.next_groups(2)
     assert [(s.group_index, s.index) for s in [*first, *second]] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     sample = second[1]
@@ -51,6 +52,7 @@ def test_wire_form_expands_to_what_the_processor_makes(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
 ) -> None:
     two = make_row(1)["images"] + make_row(30)["images"]
+    store = PictureStore()
     source = PromptSource(
         make_args(parquet([make_row(0, problem="<image> and <image>?", images=two)])), processor
     )
@@ -63,7 +65,7 @@ def test_wire_form_expands_to_what_the_processor_makes(
     expanded = expand_image_pads(sample.tokens, grids, processor.image_token_id, processor.merge_size)
     assert made["input_ids"][0].tolist() == expanded
     assert made["image_grid_thw"].tolist() == [list(grid) for grid in grids]
-    pngs = source.pictures.png(sample.multimodal_train_inputs["image_hashes"])
+    pngs = store.png(sample.multimodal_train_inputs["image_hashes"])
     assert [len(png) > 0 for png in pngs.values()] == [True, True]
 
 
@@ -71,7 +73,7 @@ def test_text_rows_have_no_pictures(processor: Any, make_args: MakeArgs, jsonl: 
     path = jsonl(
         [{"problem": "1+1", "answer": 2, "images": []}, {"problem": "2+2", "answer": 4.0, "images": None}]
     )
-    groups = PromptSource(make_args(path), processor).next_groups(2)
+    groups = PromptSource(make_args(path), processor, PictureStore()).next_groups(2)
     assert [group[0].label for group in groups] == ["2", "4.0"]
     assert all(sample.multimodal_inputs is None for group in groups for sample in group)
     assert all(sample.multimodal_train_inputs is None for group in groups for sample in group)
@@ -87,18 +89,20 @@ def test_a_single_picture_needs_no_list_and_paths_are_relative_to_the_file(
     path = jsonl(
         [{"problem": "q", "answer": "1", "images": images} for images in ("pictures/a.png", uri, [uri])]
     )
-    groups = PromptSource(make_args(path), processor).next_groups(3)
+    groups = PromptSource(make_args(path), processor, PictureStore()).next_groups(3)
     inputs = [group[0].multimodal_train_inputs or {} for group in groups]
     assert len({each["image_hashes"][0] for each in inputs}) == 1
     moved = make_args(path, "--image-root", str(tmp_path / "pictures"))
     with pytest.raises(BadRow, match=r"train.jsonl, row 1: picture 1: .*cannot be read"):
-        PromptSource(moved, processor).next_groups(1)
+        PromptSource(moved, processor, PictureStore()).next_groups(1)
 
 
 def test_order_is_the_files_without_shuffling(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
 ) -> None:
-    source = PromptSource(make_args(parquet([make_row(number) for number in range(3)])), processor)
+    source = PromptSource(
+        make_args(parquet([make_row(number) for number in range(3)])), processor, PictureStore()
+    )
     assert rows_of(source, 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
@@ -107,12 +111,18 @@ def test_shuffling_is_by_seed_and_epoch(
 ) -> None:
     path = parquet([make_row(number) for number in range(6)])
     args = make_args(path, "--rollout-shuffle", "--seed", "5")
-    first, again = rows_of(PromptSource(args, processor), 12), rows_of(PromptSource(args, processor), 12)
+    first, again = (
+        rows_of(PromptSource(args, processor, PictureStore()), 12),
+        rows_of(PromptSource(args, processor, PictureStore()), 12),
+    )
     assert first == again
     assert sorted(first[:6]) == sorted(first[6:]) == [1, 2, 3, 4, 5, 6]
     assert first[:6] != first[6:]
     assert (
-        rows_of(PromptSource(make_args(path, "--rollout-shuffle", "--seed", "6"), processor), 6) != first[:6]
+        rows_of(
+            PromptSource(make_args(path, "--rollout-shuffle", "--seed", "6"), processor, PictureStore()), 6
+        )
+        != first[:6]
     )
 
 
@@ -123,7 +133,7 @@ def test_global_random_state_is_left_alone(
     random.seed(1)
     np.random.seed(1)
     expected = (random.Random(1).random(), np.random.RandomState(1).rand())
-    PromptSource(make_args(path, "--rollout-shuffle"), processor).next_groups(6)
+    PromptSource(make_args(path, "--rollout-shuffle"), processor, PictureStore()).next_groups(6)
     assert (random.random(), np.random.rand()) == expected
 
 
@@ -134,7 +144,7 @@ def test_resumed_source_goes_on_as_the_uninterrupted_one(
     rows = [{"problem": f"p{n}", "answer": "1", "images": []} for n in range(5)]
     rows[2]["problem"] = "<image> that is not there"
     args = make_args(jsonl(rows), "--rollout-shuffle", "--bad-rows", "skip")
-    whole, part, resumed = (PromptSource(args, processor) for _ in range(3))
+    whole, part, resumed = (PromptSource(args, processor, PictureStore()) for _ in range(3))
     whole.next_groups(taken)
     part.next_groups(taken)
     resumed.load_state_dict(part.state_dict())
@@ -151,7 +161,10 @@ def test_position_does_not_depend_on_how_groups_are_asked_for(
         for n in range(7)
     ]
     args = make_args(jsonl(rows), "--rollout-shuffle", "--bad-rows", "skip")
-    at_once, one_by_one = PromptSource(args, processor), PromptSource(args, processor)
+    at_once, one_by_one = (
+        PromptSource(args, processor, PictureStore()),
+        PromptSource(args, processor, PictureStore()),
+    )
     together = [group[0].prompt for group in at_once.next_groups(12)]
     assert [one_by_one.next_groups(1)[0][0].prompt for _ in range(12)] == together
     assert at_once.state_dict() == one_by_one.state_dict()
@@ -161,16 +174,22 @@ def test_state_of_other_data_or_order_is_refused(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
 ) -> None:
     rows = [make_row(number) for number in range(4)]
-    state = PromptSource(make_args(parquet(rows), "--rollout-shuffle"), processor).state_dict()
-    shorter = PromptSource(make_args(parquet(rows[:3], "b.parquet"), "--rollout-shuffle"), processor)
+    state = PromptSource(
+        make_args(parquet(rows), "--rollout-shuffle"), processor, PictureStore()
+    ).state_dict()
+    shorter = PromptSource(
+        make_args(parquet(rows[:3], "b.parquet"), "--rollout-shuffle"), processor, PictureStore()
+    )
     with pytest.raises(DataError, match="data set of 4 rows"):
         shorter.load_state_dict(state)
     rows[0]["answer"] = "other"
-    changed = PromptSource(make_args(parquet(rows, "c.parquet"), "--rollout-shuffle"), processor)
+    changed = PromptSource(
+        make_args(parquet(rows, "c.parquet"), "--rollout-shuffle"), processor, PictureStore()
+    )
     with pytest.raises(DataError, match="other contents"):
         changed.load_state_dict(state)
     rows[0]["answer"] = "0"
-    ordered = PromptSource(make_args(parquet(rows, "d.parquet")), processor)
+    ordered = PromptSource(make_args(parquet(rows, "d.parquet")), processor, PictureStore())
     with pytest.raises(DataError, match="--rollout-shuffle"):
         ordered.load_state_dict(state)
 
@@ -192,7 +211,7 @@ def test_bad_text_is_refused_when_the_data_is_opened(
     rows = [{**make_row(n), "images": ["x.png"]} for n in range(3)]
     rows[1].update(change)
     with pytest.raises(BadRow, match=r"train.jsonl, row 2: ") as refused:
-        PromptSource(make_args(jsonl(rows)), processor)
+        PromptSource(make_args(jsonl(rows)), processor, PictureStore())
     assert (refused.value.row, Path(refused.value.file).name) == (2, "train.jsonl")
 
 
@@ -208,7 +227,7 @@ def test_bad_picture_is_refused_when_its_turn_comes(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write, pictures: list[Any]
 ) -> None:
     path = parquet([make_row(0), make_row(1, images=pictures)])
-    source = PromptSource(make_args(path), processor)
+    source = PromptSource(make_args(path), processor, PictureStore())
     assert rows_of(source, 1) == [1]
     with pytest.raises(BadRow, match=r"train.parquet, row 2: picture 1: "):
         source.next_groups(1)
@@ -220,7 +239,7 @@ def test_skipped_rows_are_counted_and_replaced_by_the_next_good_ones(
     rows = [make_row(number) for number in range(5)]
     rows[1]["problem"] = None
     rows[3]["images"] = [{"bytes": b"no picture", "path": None}]
-    source = PromptSource(make_args(parquet(rows), "--bad-rows", "skip"), processor)
+    source = PromptSource(make_args(parquet(rows), "--bad-rows", "skip"), processor, PictureStore())
     groups = source.next_groups(4)
     assert [group[0].metadata["data_row"] for group in groups] == [1, 3, 5, 1]
     assert [sample.index for group in groups for sample in group] == list(range(8))
@@ -231,29 +250,29 @@ def test_data_without_a_good_row_ends_with_an_error(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
 ) -> None:
     broken = [make_row(number, images=[{"bytes": b"x", "path": None}]) for number in range(3)]
-    source = PromptSource(make_args(parquet(broken), "--bad-rows", "skip"), processor)
+    source = PromptSource(make_args(parquet(broken), "--bad-rows", "skip"), processor, PictureStore())
     with pytest.raises(DataError, match=r"no row of .* can be used; the last one: .*row 3"):
         source.next_groups(1)
     empty = [make_row(number, problem=" ") for number in range(3)]
     with pytest.raises(DataError, match=r"no row of .* can be used; the first one: .*row 1"):
-        PromptSource(make_args(parquet(empty), "--bad-rows", "skip"), processor)
+        PromptSource(make_args(parquet(empty), "--bad-rows", "skip"), processor, PictureStore())
 
 
 def test_prompt_limit_counts_picture_tokens(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
 ) -> None:
     path = parquet([make_row(0)])
-    sample = PromptSource(make_args(path), processor).next_groups(1)[0][0]
+    sample = PromptSource(make_args(path), processor, PictureStore()).next_groups(1)[0][0]
     assert sample.multimodal_train_inputs is not None
     expanded = expand_image_pads(
         sample.tokens, sample.multimodal_train_inputs["image_grid_thw"], processor.image_token_id, 2
     )
     assert len(expanded) > len(sample.tokens)
     fits = make_args(path, "--rollout-max-prompt-len", str(len(expanded)))
-    assert rows_of(PromptSource(fits, processor), 1) == [1]
+    assert rows_of(PromptSource(fits, processor, PictureStore()), 1) == [1]
     tight = make_args(path, "--rollout-max-prompt-len", str(len(expanded) - 1))
     with pytest.raises(BadRow, match=f"row 1: the prompt has {len(expanded)} tokens"):
-        PromptSource(tight, processor).next_groups(1)
+        PromptSource(tight, processor, PictureStore()).next_groups(1)
 
 
 @pytest.mark.parametrize("flag", ["--input-key", "--label-key", "--multimodal-keys"])
@@ -264,7 +283,7 @@ def test_column_that_no_row_has_is_the_flags_fault(
     with pytest.raises(
         DataError, match=f"no column 'pics', which {flag} names; it has problem, answer, images"
     ):
-        PromptSource(make_args(parquet([make_row(0)]), flag, value), processor)
+        PromptSource(make_args(parquet([make_row(0)]), flag, value), processor, PictureStore())
 
 
 def test_column_that_a_line_lacks_is_a_bad_row(processor: Any, make_args: MakeArgs, jsonl: Write) -> None:
@@ -272,7 +291,7 @@ def test_column_that_a_line_lacks_is_a_bad_row(processor: Any, make_args: MakeAr
     for column in good:
         lacking = {key: value for key, value in good.items() if key != column}
         with pytest.raises(BadRow, match=f"row 2: no column '{column}'"):
-            PromptSource(make_args(jsonl([good, lacking])), processor)
+            PromptSource(make_args(jsonl([good, lacking])), processor, PictureStore())
 
 
 def test_text_model_refuses_pictures(
@@ -283,7 +302,7 @@ def test_text_model_refuses_pictures(
         image_token_id, image_processor = processor.image_token_id, None
 
     with pytest.raises(BadRow, match="no vision part; pass --multimodal-keys"):
-        PromptSource(make_args(parquet([make_row(0)])), Textual())
+        PromptSource(make_args(parquet([make_row(0)])), Textual(), PictureStore())
 
 
 def test_eval_set_is_every_row_in_order_and_fresh_each_time(
@@ -293,7 +312,7 @@ def test_eval_set_is_every_row_in_order_and_fresh_each_time(
     args = make_args(
         path, "--n-samples-per-eval-prompt", "2", "--eval-temperature", "0.5", "--rollout-shuffle"
     )
-    held_out = EvalSet("geo", path, args, processor)
+    held_out = EvalSet("geo", path, args, processor, PictureStore())
     samples = held_out.samples()
     assert [(s.index, s.group_index, s.metadata["data_row"]) for s in samples] == [
         (0, 0, 1), (1, 0, 1), (2, 1, 2), (3, 1, 2), (4, 2, 3), (5, 2, 3),
@@ -309,8 +328,8 @@ def test_eval_set_skips_or_refuses_bad_rows(
     rows[1]["images"] = [{"bytes": b"x", "path": None}]
     path = parquet(rows, "test.parquet")
     with pytest.raises(BadRow, match=r"test.parquet, row 2: picture 1"):
-        EvalSet("geo", path, make_args(path), processor).samples()
-    held_out = EvalSet("geo", path, make_args(path, "--bad-rows", "skip"), processor)
+        EvalSet("geo", path, make_args(path), processor, PictureStore()).samples()
+    held_out = EvalSet("geo", path, make_args(path, "--bad-rows", "skip"), processor, PictureStore())
     assert [sample.metadata["data_row"] for sample in held_out.samples()] == [1, 3]
     assert held_out.bad_rows == 1
     held_out.samples()
@@ -321,8 +340,10 @@ def test_blank_pictures_keep_their_place_and_size(
     processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
 ) -> None:
     path = parquet([make_row(0)], "test.parquet")
-    (seen,) = EvalSet("geo", path, make_args(path), processor).samples()
-    (blank,) = EvalSet("geo", path, make_args(path, "--eval-blank-images"), processor).samples()
+    (seen,) = EvalSet("geo", path, make_args(path), processor, PictureStore()).samples()
+    (blank,) = EvalSet(
+        "geo", path, make_args(path, "--eval-blank-images"), processor, PictureStore()
+    ).samples()
     assert blank.tokens == seen.tokens
     assert blank.multimodal_inputs is not None
     assert seen.multimodal_inputs is not None

@@ -68,6 +68,13 @@ def test_the_next_rollout_takes_the_next_prompts(manager: RolloutManager) -> Non
     assert [sample.index for sample in second.samples] == list(range(6, 12))
 
 
+def test_each_picture_is_prepared_once_for_prompts_and_evaluation(manager: RolloutManager) -> None:
+    manager.evaluate(0)
+    first, second = manager.generate(0), manager.generate(1)
+    assert [batch.metrics["data/pictures_prepared"] for batch in (first, second)] == [0.0, 0.0]
+    assert [batch.metrics["data/picture_cache_hits"] for batch in (first, second)] == [3.0, 3.0]
+
+
 def test_metrics_are_floats_and_complete(manager: RolloutManager) -> None:
     batch = manager.generate(0)
     assert all(isinstance(value, float) for value in batch.metrics.values())
@@ -149,8 +156,8 @@ def test_a_teacher_that_dies_ends_the_rollout(
         dead.url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     defaults = client_module.EngineClient.__init__.__kwdefaults__
     assert defaults is not None
-    assert defaults["retry_seconds"] <= 30, "a dead teacher must be an error within 60 seconds"
-    monkeypatch.setitem(defaults, "retry_seconds", 0.5)
+    assert defaults["patience"] <= 30, "a dead teacher must be an error within 60 seconds"
+    monkeypatch.setitem(defaults, "patience", 0.5)
     manager = make(tmp_path, student, dead)
     with pytest.raises(EngineUnreachableError, match=dead.url) as caught:
         manager.generate(0)
