@@ -1,0 +1,105 @@
+"""Is the server there, is it the right kind of model, and how was it started?"""
+
+from __future__ import annotations
+
+from slime.engines.doctor.files import read_checkpoint
+from slime.engines.doctor.material import Material
+from slime.engines.doctor.outcome import Fault, Finding
+from slime.engines.doctor.state import State
+from slime.engines.doctor.teacher import START_REMEDY, html_page, unauthorized
+
+
+async def reachable(state: State) -> Finding:
+    """The server answers, and says that it is ready."""
+    page = await state.teacher.page("/ready")
+    if page.status == 404 and not page.is_html:  # servers older than /ready
+        page = await state.teacher.page("/health")
+    if page.status in (401, 403):
+        raise unauthorized(page.url, page.status)
+    if page.is_html:
+        raise html_page(page.url, page.status)
+    if page.status != 200:
+        raise Fault(
+            "not-ready",
+            f"{page.url} answered HTTP {page.status}: still loading, paused, or broken",
+            "wait until it is loaded, or POST /continue_generation; see its log",
+        )
+    health = await state.teacher.page("/health")
+    if health.status == 503:
+        raise Fault(
+            "paused",
+            f"{health.url} answered HTTP 503 though the server is ready: generation is paused or the model "
+            "has stopped",
+            "POST /continue_generation, or restart the teacher; see its log",
+        )
+    return Finding(f"ready, {page.seconds * 1000:.0f} ms", values={"seconds": page.seconds})
+
+
+async def model(state: State) -> Finding:
+    """It serves a generating model that sees, where the run needs that."""
+    state.model_info = (await state.teacher.page("/model_info")).json()
+    page = await state.teacher.page("/server_info")
+    state.server_info = page.json() if page.status == 200 else {}
+    info = state.model_info
+    if info.get("is_generation") is False:
+        raise Fault(
+            "not-generative",
+            f"{info.get('model_path')} is served as an embedding or reward model, which gives no log-probs",
+            START_REMEDY + ": a causal language model, without --is-embedding",
+        )
+    path = state.options.teacher_path or str(info.get("tokenizer_path") or info.get("model_path"))
+    state.files = read_checkpoint(path)
+    if state.material is None:
+        if state.files is None:
+            raise Fault(
+                "no-checkpoint",
+                f"the teacher's checkpoint {path!r} cannot be read here, so there is no tokenizer for probes",
+                "give --student-path, or --teacher-path where the teacher's files lie",
+            )
+        options = state.options
+        state.material = Material(path, options.min_pixels, options.max_pixels)
+    sees = info.get("has_image_understanding")
+    wanted = state.own.sees and not state.options.text_only
+    if wanted and sees is False and state.with_student:
+        raise Fault(
+            "text-only-teacher",
+            f"{info.get('model_path')} is served without image understanding, and the student sees",
+            "serve a vision-language teacher; --text-only if no prompt has a picture",
+        )
+    state.pictures = wanted and sees is not False
+    seeing = "sees" if sees else "does not see" if sees is False else "does not say whether it sees"
+    return Finding(
+        f"{info.get('model_path')} ({info.get('model_type')}), {seeing}, "
+        f"weights {info.get('weight_version')!r}",
+        values={"model_path": info.get("model_path"), "weight_version": info.get("weight_version")},
+    )
+
+
+async def settings(state: State) -> Finding:
+    """Start-up settings that spoil scores."""
+    info = state.server_info
+    if not info:
+        return Finding(
+            "/server_info gives nothing",
+            warning="settings-unknown",
+            remedy="make sure that it runs without --allow-auto-truncate",
+        )
+    if info.get("allow_auto_truncate"):
+        raise Fault(
+            "truncates",
+            "the server runs with --allow-auto-truncate: it cuts long samples silently and scores the rest",
+            "start it without --allow-auto-truncate",
+        )
+    if info.get("speculative_algorithm"):
+        return Finding(
+            f"speculative decoding is on ({info['speculative_algorithm']}): scoring then samples tokens, too",
+            warning="speculative",
+            remedy="start the teacher without --speculative-algorithm",
+        )
+    if info.get("enable_fp32_lm_head") is False and "16" in str(info.get("dtype")):
+        return Finding(
+            f"log-probs come from a {info['dtype']} head, in steps of up to 0.125",
+            warning="coarse-log-probs",
+            remedy="start the teacher with --enable-fp32-lm-head",
+        )
+    return Finding("nothing that spoils scores")
