@@ -54,7 +54,7 @@ def test_wire_form_expands_to_what_the_processor_makes(
     two = make_row(1)["images"] + make_row(30)["images"]
     store = PictureStore()
     source = PromptSource(
-        make_args(parquet([make_row(0, problem="<image> and <image>?", images=two)])), processor
+        make_args(parquet([make_row(0, problem="<image> and <image>?", images=two)])), processor, store
     )
     sample = source.next_groups(1)[0][0]
     assert sample.multimodal_inputs is not None
