@@ -130,11 +130,40 @@ forget_own() {
   OWN_PIDS=(${kept[@]+"${kept[@]}"})
 }
 
+# alive PID: whether a process that start_own started still runs.
+alive() { kill -0 "$1" 2>/dev/null; }
+
+# group_alive PID: whether a process of this leader's group still runs. What has ended and is never reaped (a container's
+# first process may not do it) does not count.
+group_alive() {
+  local file line state group
+  kill -0 -- "-$1" 2>/dev/null || return 1
+  for file in /proc/[0-9]*/stat; do
+    read -r line 2>/dev/null <"$file" || continue
+    # PID (NAME) STATE PARENT GROUP …; a name may hold spaces and brackets
+    read -r state _ group _ <<<"${line##*) }"
+    if [ "$group" = "$1" ] && [ "$state" != Z ]; then return 0; fi
+  done
+  return 1
+}
+
+# end_rest PID PORT: of a leader that has ended, ends what is left of its group; returns once that is gone and nothing
+# answers at its port, and fails where it takes longer than STOP_GRACE_SECONDS.
+end_rest() {
+  local ticks=$((STOP_GRACE_SECONDS * 10))
+  kill -KILL -- "-$1" 2>/dev/null || true
+  while group_alive "$1" || port_taken "$2"; do
+    if [ "$ticks" -le 0 ]; then return 1; fi
+    sleep 0.1
+    ticks=$((ticks - 1))
+  done
+}
+
 # stop_pid PID: asks the leader to end, gives it STOP_GRACE_SECONDS, then ends what is left of its group.
 stop_pid() {
   local pid=$1 ticks=$((STOP_GRACE_SECONDS * 10))
   kill -TERM "$pid" 2>/dev/null || true
-  while kill -0 "$pid" 2>/dev/null && [ "$ticks" -gt 0 ]; do
+  while alive "$pid" && [ "$ticks" -gt 0 ]; do
     sleep 0.1
     ticks=$((ticks - 1))
   done
@@ -165,7 +194,7 @@ end_with_script() {
 wait_ready() {
   local name=$1 pid=$2 host=$3 port=$4 log=$5 limit=$6 begin=$SECONDS
   until http_ok "$host" "$port" /ready; do
-    if ! kill -0 "$pid" 2>/dev/null; then
+    if ! alive "$pid"; then
       log_tail "$log"
       die "the $name server ended before it was ready; the end of its log is above, all of it in $log"
     fi
@@ -177,10 +206,11 @@ wait_ready() {
   done
 }
 
+# log_tail FILE [LINES]: its last lines, 40 unless told otherwise.
 log_tail() {
   {
     echo "--- last lines of $1"
-    tail -n 40 "$1" || true
+    tail -n "${2:-40}" "$1" || true
     echo "---"
   } >&2
 }

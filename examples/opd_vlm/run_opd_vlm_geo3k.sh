@@ -21,12 +21,14 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/scripts/lib.sh"
 : "${SLIME_SCRIPT_TASK_REWARD_WEIGHT:=0}"        # above 0: hybrid, the task's grade beside the teacher
 : "${SLIME_SCRIPT_TEACHER_URL:=}"                # a teacher that runs elsewhere; none is started here then
 : "${SLIME_SCRIPT_TEACHER_PORT:=13141}"
+: "${SLIME_SCRIPT_TEACHER_RESTARTS:=3}"         # how often a teacher that dies in the middle of the run is started anew
 : "${SLIME_SCRIPT_EXTERNAL_RAY:=0}"              # 1: use the Ray cluster that is there
 : "${SLIME_SCRIPT_MODEL_DIR:=$HOME/models}"
 : "${SLIME_SCRIPT_DATA_DIR:=$HOME/datasets}"
 : "${SLIME_SCRIPT_OUTPUT_DIR:=}"                 # empty: a fresh folder under outputs/
 : "${SLIME_SCRIPT_EXTRA_ARGS:=}"                 # appended to the training command; a flag given twice counts as given last
 : "${SLIME_SCRIPT_SKIP_SETUP:=0}"                # 1: the active environment is ready (a container, say); install nothing
+: "${SLIME_SCRIPT_SKIP_DOCTOR:=0}"               # 1: train without the pre-flight against the teacher
 : "${SLIME_SCRIPT_DRY_RUN:=0}"                   # 1: print every command, run none
 require_whole_numbers SLIME_SCRIPT_NUM_GPUS SLIME_SCRIPT_NUM_GPUS_TEACHER SLIME_SCRIPT_NUM_GPUS_STUDENT
 if [ "$SLIME_SCRIPT_NUM_GPUS" = 0 ]; then
@@ -56,9 +58,11 @@ else
   : "${SLIME_SCRIPT_TEACHER_TIMEOUT:=1800}"
 fi
 
+TEACHER_RESTARTS_DONE=0
 readonly KNOBS=(STUDENT_MODEL TEACHER_MODEL DATASET_NAME TRAIN_BACKEND ENGINE NUM_GPUS NUM_GPUS_TEACHER NUM_GPUS_STUDENT
   NUM_GPUS_PER_ENGINE NUM_ROLLOUT ROLLOUT_BATCH_SIZE N_SAMPLES_PER_PROMPT MAX_RESPONSE_LEN LR EVAL_INTERVAL OPD_KL_COEF
-  TASK_REWARD_WEIGHT TEACHER_URL TEACHER_PORT TEACHER_TIMEOUT EXTERNAL_RAY MODEL_DIR DATA_DIR OUTPUT_DIR EXTRA_ARGS SKIP_SETUP DRY_RUN)
+  TASK_REWARD_WEIGHT TEACHER_URL TEACHER_PORT TEACHER_TIMEOUT TEACHER_RESTARTS EXTERNAL_RAY MODEL_DIR DATA_DIR OUTPUT_DIR EXTRA_ARGS
+  SKIP_SETUP SKIP_DOCTOR DRY_RUN)
 
 # --- small helpers ------------------------------------------------------------------------------------------------
 
@@ -122,12 +126,13 @@ check_variables() {
     [[ " ${KNOBS[*]} " == *" ${name#SLIME_SCRIPT_} "* ]] ||
       die "the environment has $name, which this script does not know. It knows, after SLIME_SCRIPT_: ${KNOBS[*]}."
   done
-  require_whole_numbers SLIME_SCRIPT_NUM_GPUS_PER_ENGINE SLIME_SCRIPT_TEACHER_PORT SLIME_SCRIPT_TEACHER_TIMEOUT
+  require_whole_numbers SLIME_SCRIPT_NUM_GPUS_PER_ENGINE SLIME_SCRIPT_TEACHER_PORT SLIME_SCRIPT_TEACHER_TIMEOUT \
+    SLIME_SCRIPT_TEACHER_RESTARTS
   case "$SLIME_SCRIPT_ENGINE" in
     "" | sglang | transformers) ;;
     *) die "SLIME_SCRIPT_ENGINE is $SLIME_SCRIPT_ENGINE; it must be sglang or transformers." ;;
   esac
-  for name in SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_SKIP_SETUP SLIME_SCRIPT_EXTERNAL_RAY; do
+  for name in SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_SKIP_SETUP SLIME_SCRIPT_SKIP_DOCTOR SLIME_SCRIPT_EXTERNAL_RAY; do
     case "${!name}" in 0 | 1) ;; *) die "$name is ${!name}; it must be 0 or 1." ;; esac
   done
   if [ -n "$SLIME_SCRIPT_TEACHER_URL" ]; then
@@ -232,6 +237,10 @@ build_train_command() {
     --custom-reward-post-process-path examples.opd_vlm.opd_vlm_reward.post_process_rewards
     --task-reward-weight "$SLIME_SCRIPT_TASK_REWARD_WEIGHT"
   )
+  if [ -z "$SLIME_SCRIPT_TEACHER_URL" ] && [ "$SLIME_SCRIPT_TEACHER_RESTARTS" -gt 0 ]; then
+    # Longer than this script waits for a restart, so that it is the first to give up, and shows the teacher's log.
+    REWARD_ARGS+=(--teacher-patience "$((SLIME_SCRIPT_TEACHER_TIMEOUT + 60))")
+  fi
   OPD_ARGS=(--use-opd --opd-type sglang --opd-kl-coef "$SLIME_SCRIPT_OPD_KL_COEF" --advantage-estimator grpo
     --disable-grpo-std-normalization # a weight on rewards in the reward file then means what it says
     --calculate-per-token-loss)
@@ -301,21 +310,8 @@ download_missing() {
   if [ "$MAKE_TINY_DATA" = 1 ]; then step "$PYTHON" -m slime.tiny --data "$DATA_FOLDER"; fi
 }
 
-# check_teacher_elsewhere: a server that does not answer is found now, not after the models have loaded.
-check_teacher_elsewhere() {
-  local address port=80
-  [[ "$RM_URL" == http://* ]] || return 0
-  dry && return 0
-  address="${RM_URL#http://}"
-  address="${address%%/*}"
-  if [[ "$address" == *:* ]]; then port="${address##*:}"; fi
-  http_ok "${address%:*}" "$port" /health ||
-    die "SLIME_SCRIPT_TEACHER_URL is $SLIME_SCRIPT_TEACHER_URL, and GET /health there is not answered with 200." \
-      "Start the teacher, or correct the address."
-}
-
 start_teacher() {
-  local port="$SLIME_SCRIPT_TEACHER_PORT" log="$SLIME_SCRIPT_OUTPUT_DIR/logs/teacher_$TEACHER_ENGINE.log"
+  local port="$SLIME_SCRIPT_TEACHER_PORT"
   if dry; then
     show "${TEACHER_COMMAND[@]}"
     return
@@ -324,33 +320,92 @@ start_teacher() {
     die "port $port is taken, and the teacher is to listen there. Choose another by SLIME_SCRIPT_TEACHER_PORT, or end what" \
       "uses it."
   fi
-  mkdir -p "$(dirname "$log")"
-  ln -sfn "$log" "${TMPDIR:-/tmp}/teacher_sglang_$(basename "$SLIME_SCRIPT_OUTPUT_DIR").log"
-  say "Starting the teacher ($TEACHER_ENGINE); its log: $log"
-  START_LOG="$log" start_own "${TEACHER_COMMAND[@]}"
-  TEACHER_PID=$STARTED
-  TEACHER_LOG="$log"
-  wait_ready teacher "$TEACHER_PID" 127.0.0.1 "$port" "$log" "$SLIME_SCRIPT_TEACHER_TIMEOUT"
+  TEACHER_LOG="$SLIME_SCRIPT_OUTPUT_DIR/logs/teacher_$TEACHER_ENGINE.log"
+  mkdir -p "$(dirname "$TEACHER_LOG")"
+  ln -sfn "$TEACHER_LOG" "${TMPDIR:-/tmp}/teacher_sglang_$(basename "$SLIME_SCRIPT_OUTPUT_DIR").log"
+  say "Starting the teacher ($TEACHER_ENGINE); its log: $TEACHER_LOG"
+  launch_teacher
+  wait_ready teacher "$TEACHER_PID" 127.0.0.1 "$port" "$TEACHER_LOG" "$SLIME_SCRIPT_TEACHER_TIMEOUT"
   say "The teacher is ready."
 }
 
-# train: ends with the driver, or with the teacher should that end first.
+launch_teacher() {
+  START_LOG="$TEACHER_LOG" start_own "${TEACHER_COMMAND[@]}"
+  TEACHER_PID=$STARTED
+}
+
+# teacher_ended: whether there is a teacher of ours that has ended.
+teacher_ended() { [ -n "${TEACHER_PID:-}" ] && ! alive "$TEACHER_PID"; }
+
+# check_teacher: the pre-flight against the living teacher, ours or not, before anything is trained.
+check_teacher() {
+  local where="${SLIME_SCRIPT_TEACHER_URL:+ The teacher is SLIME_SCRIPT_TEACHER_URL=$SLIME_SCRIPT_TEACHER_URL.}"
+  if [ "$SLIME_SCRIPT_SKIP_DOCTOR" = 1 ]; then return; fi
+  if ! step env CUDA_VISIBLE_DEVICES= "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.engines.doctor \
+    --teacher-url "$RM_URL" --student-path "$STUDENT_PATH"; then
+    if teacher_ended; then log_tail "$TEACHER_LOG"; fi
+    die "the teacher did not pass the pre-flight; what is wrong and what to do is above. Nothing has been trained.$where" \
+      "SLIME_SCRIPT_SKIP_DOCTOR=1 goes on without this check."
+  fi
+}
+
+# train: ends with the driver. A teacher of ours that ends before is started anew.
 train() {
-  local train_pid status=0
+  local status=0
   if dry; then
     show "${TRAIN_COMMAND[@]}"
     return
   fi
   start_own "${TRAIN_COMMAND[@]}"
-  train_pid=$STARTED
-  wait -n "$train_pid" ${TEACHER_PID:+"$TEACHER_PID"} || status=$?
-  if [ -n "${TEACHER_PID:-}" ] && ! kill -0 "$TEACHER_PID" 2>/dev/null && kill -0 "$train_pid" 2>/dev/null; then
-    log_tail "$TEACHER_LOG"
-    die "the teacher's server ended (status $status) in the middle of the run; the end of its log is above, all of it in" \
-      "$TEACHER_LOG"
-  fi
-  forget_own "$train_pid"
+  TRAIN_PID=$STARTED
+  while alive "$TRAIN_PID"; do
+    if teacher_ended; then revive_teacher; fi
+    sleep 0.5
+  done
+  wait "$TRAIN_PID" || status=$?
+  forget_own "$TRAIN_PID"
   if [ "$status" != 0 ]; then die "training ended with status $status; see above, and the logs in the output folder."; fi
+}
+
+# revive_teacher: returns once the teacher is ready again, however many restarts that takes, or training has ended.
+# Training goes on meanwhile; its scoring requests are tried again for --teacher-patience seconds.
+revive_teacher() {
+  local give_up=$((SECONDS + SLIME_SCRIPT_TEACHER_TIMEOUT))
+  while alive "$TRAIN_PID"; do
+    if teacher_ended; then
+      restart_teacher
+    elif http_ok 127.0.0.1 "$SLIME_SCRIPT_TEACHER_PORT" /ready; then
+      say "The teacher is ready again."
+      return
+    fi
+    if [ "$SECONDS" -ge "$give_up" ]; then
+      log_tail "$TEACHER_LOG"
+      die "the teacher's server ended in the middle of the run and was not ready again within" \
+        "$SLIME_SCRIPT_TEACHER_TIMEOUT s (SLIME_SCRIPT_TEACHER_TIMEOUT); the end of its log is above, all of it in $TEACHER_LOG"
+    fi
+    sleep 0.5
+  done
+}
+
+# restart_teacher: starts the teacher that has ended anew, by the same command, once nothing of the old one is left; ends the
+# run where SLIME_SCRIPT_TEACHER_RESTARTS are used up.
+restart_teacher() {
+  local status=0 port="$SLIME_SCRIPT_TEACHER_PORT" allowed="$SLIME_SCRIPT_TEACHER_RESTARTS"
+  wait "$TEACHER_PID" || status=$?
+  if [ "$TEACHER_RESTARTS_DONE" -ge "$allowed" ]; then
+    log_tail "$TEACHER_LOG"
+    die "the teacher's server ended (status $status) in the middle of the run, and its restarts are used up" \
+      "($TEACHER_RESTARTS_DONE of $allowed, SLIME_SCRIPT_TEACHER_RESTARTS); the end of its log is above, all of it in $TEACHER_LOG"
+  fi
+  TEACHER_RESTARTS_DONE=$((TEACHER_RESTARTS_DONE + 1))
+  log_tail "$TEACHER_LOG" 10
+  say "The teacher's server ended (status $status) in the middle of the run; restart $TEACHER_RESTARTS_DONE of $allowed. Its log" \
+    "goes on in $TEACHER_LOG"
+  # On a GPU a second one beside what is left of the first would not find the memory that it needs.
+  end_rest "$TEACHER_PID" "$port" ||
+    die "the teacher cannot be started anew: $STOP_GRACE_SECONDS s after its end, processes of it are there or port $port is taken."
+  forget_own "$TEACHER_PID"
+  launch_teacher
 }
 
 say_output() { say "Output folder: $SLIME_SCRIPT_OUTPUT_DIR"; }
@@ -403,12 +458,11 @@ main() {
   download_missing
   find_splits
   build_train_command
-  if [ -n "$SLIME_SCRIPT_TEACHER_URL" ]; then
-    check_teacher_elsewhere
-  else
+  if [ -z "$SLIME_SCRIPT_TEACHER_URL" ]; then
     build_teacher_command
     start_teacher
   fi
+  check_teacher
   train
 }
 

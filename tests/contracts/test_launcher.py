@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from slime.arguments import Args, parse_args
+from slime.arguments.reward import RewardArgs
 from tests.fakes.launcher import REPOSITORY, Launched, Machine
 
 TRAIN = "slime.train"
 SGLANG = "slime.engines.sglang_engine"
 TRANSFORMERS = "slime.engines.transformers_engine"
+DOCTOR = "slime.engines.doctor"
 
 
 def training(launched: Launched) -> Args:
@@ -149,6 +151,8 @@ def test_sglang_on_a_cpu_sets_up_its_environment_first(tmp_path: Path) -> None:
             "MAX_RESPONSE_LEN": ("64", "rollout_max_response_len", 64),
             "LR": ("5e-5", "lr", 5e-5),
             "EVAL_INTERVAL": ("3", "eval_interval", 3),
+            # a restart may take as long as a start, and the teacher's clients wait for it
+            "TEACHER_TIMEOUT": ("900", "teacher_patience", 960.0),
             "TEACHER_PORT": ("15151", "rm_url", "http://127.0.0.1:15151/generate"),
             "OUTPUT_DIR": ("/somewhere/else", "output_dir", "/somewhere/else"),
             "EXTERNAL_RAY": ("1", "ray_address", "auto"),
@@ -156,11 +160,13 @@ def test_sglang_on_a_cpu_sets_up_its_environment_first(tmp_path: Path) -> None:
         },
         {
             "TEACHER_URL": ("http://teacher.example:8000", "rm_url", "http://teacher.example:8000/generate"),
+            "TEACHER_TIMEOUT": ("900", "teacher_patience", RewardArgs.teacher_patience),
             "EXTRA_ARGS": ("--lr 2e-4 --seed 7", "lr", 2e-4),
         },
+        {"TEACHER_RESTARTS": ("0", "teacher_patience", RewardArgs.teacher_patience)},
         {"TEACHER_URL": ("http://teacher.example/a/generate", "rm_url", "http://teacher.example/a/generate")},
     ],
-    ids=["all that go together", "a teacher elsewhere", "a teacher elsewhere with its path"],
+    ids=["all that go together", "a teacher elsewhere", "no restarts", "a teacher elsewhere with its path"],
 )
 def test_each_variable_changes_what_runs_and_is_printed(
     tmp_path: Path, knobs: dict[str, tuple[str, str, object]]
@@ -191,6 +197,16 @@ def test_a_teacher_elsewhere_leaves_all_gpus_to_the_student(tmp_path: Path) -> N
     assert not [
         words for words in launched.commands if SGLANG in words or "Qwen/Qwen3-VL-30B-A3B-Thinking" in words
     ]
+
+
+def test_the_pre_flight_is_printed_between_teacher_and_training(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    launched = machine.dry_run(**machine.local())
+    words = launched.arguments(DOCTOR)
+    asked = ["--teacher-url", "http://127.0.0.1:13141/generate", "--student-path", str(machine.student)]
+    assert words == asked
+    order = [module for line in launched.commands for module in (TRANSFORMERS, DOCTOR, TRAIN) if module in line]
+    assert order == [TRANSFORMERS, DOCTOR, TRAIN]
 
 
 def test_only_visible_gpus_are_used(tmp_path: Path) -> None:
@@ -233,6 +249,8 @@ def test_the_output_folder_is_fresh_and_printed_first_and_last(tmp_path: Path) -
         ({"TEACHER_URL": "teacher:13141"}, "must look like http://HOST:PORT"),
         ({"OPD_COEF": "0.5"}, "SLIME_SCRIPT_OPD_COEF, which this script does not know"),
         ({"DRY_RUN": "1", "EXTERNAL_RAY": "yes"}, "must be 0 or 1"),
+        ({"SKIP_DOCTOR": "yes"}, "SLIME_SCRIPT_SKIP_DOCTOR is yes; it must be 0 or 1"),
+        ({"TEACHER_RESTARTS": "-1"}, "SLIME_SCRIPT_TEACHER_RESTARTS is -1; it must be a whole number"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(

@@ -18,6 +18,7 @@ from slime.engines.process import free_port
 from tests.fakes.launcher import Machine
 
 TEACHER = "slime.engines.transformers_engine"
+DOCTOR = "slime.engines.doctor"
 DRIVER = "slime.train"
 PATIENCE_SECONDS = 60.0
 
@@ -60,11 +61,11 @@ def bystander(machine: Machine) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def launch(
-    machine: Machine, *, teacher: str = "serve", driver: str = "succeed", **knobs: str
+    machine: Machine, *, teacher: str = "serve", doctor: str = "succeed", driver: str = "succeed", **knobs: str
 ) -> subprocess.Popen[str]:
-    """Start the launcher with a teacher and a driver that behave as told."""
+    """Start the launcher with a teacher, a doctor and a driver that behave as told."""
     knobs = {"TEACHER_PORT": str(free_port()), "OUTPUT_DIR": str(machine.root / "out")} | knobs
-    plays = {"TEACHER_PLAYS": teacher, "DRIVER_PLAYS": driver}
+    plays = {"TEACHER_PLAYS": teacher, "DOCTOR_PLAYS": doctor, "DRIVER_PLAYS": driver}
     machine.environment |= plays
     return machine.start(SKIP_SETUP="1", **machine.local() | knobs)
 
@@ -133,14 +134,127 @@ def test_a_teacher_that_is_not_ready_in_time_is_ended(machine: Machine) -> None:
     assert all(gone(pid) for pid in machine.pids(TEACHER))
 
 
-def test_a_teacher_that_dies_in_the_middle_ends_the_run(machine: Machine) -> None:
-    launcher = launch(machine, driver="sleep")
+@pytest.mark.parametrize(
+    ("teacher", "restarts", "sentence"),
+    [
+        ("serve", "0", "(status 137) in the middle of the run, and its restarts are used up (0 of 0"),
+        ("serve; fail", "2", "(status 3) in the middle of the run, and its restarts are used up (2 of 2"),
+    ],
+    ids=["none is allowed", "none succeeds"],
+)
+def test_a_teacher_that_dies_for_good_ends_the_run(
+    machine: Machine, teacher: str, restarts: str, sentence: str
+) -> None:
+    launcher = launch(machine, teacher=teacher, driver="sleep", TEACHER_RESTARTS=restarts)
+    wait_until(lambda: machine.pids(DRIVER), "the driver starts")
+    os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
+    stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert sentence in stderr
+    assert stdout.count("; restart ") == int(restarts)
+    assert len(machine.pids(TEACHER)) == 1 + int(restarts)
+    assert all(gone(pid) for pid in [*machine.pids(TEACHER), *machine.pids(DRIVER)])
+
+
+def test_a_teacher_that_dies_is_started_anew_and_the_run_goes_on(machine: Machine) -> None:
+    """Killed with a child left behind, failing once more as it starts, then killed again: three restarts."""
+    teacher, driver = "serve with a child; fail; serve with a child", "end on a signal of the test"
+    launcher = launch(machine, teacher=teacher, driver=driver)
+    log = machine.root / "out" / "logs" / "teacher_transformers.log"
+    for starts in (1, 3):
+        wait_until(lambda: machine.pids(DRIVER), "the driver starts")
+        wait_until(lambda starts=starts: len(machine.pids(TEACHER)) == starts, "the teacher starts")
+        os.kill(machine.pids(TEACHER)[-1], signal.SIGKILL)
+    wait_until(lambda: len(machine.pids(TEACHER)) == 4, "the teacher starts a last time")
+    assert all(gone(pid) for pid in machine.pids("child")[:2])
+    assert not gone(machine.pids(DRIVER)[0])
+    machine.end_driver()
+    stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 0, stderr
+    announced = [line for line in stdout.splitlines() if "; restart " in line]
+    for line, status, number in zip(announced, (137, 3, 137), (1, 2, 3), strict=True):
+        assert f"ended (status {status})" in line
+        assert f"restart {number} of 3. Its log goes on in {log}" in line
+    assert "the stand-in fails on purpose" in stderr
+    assert len(set(machine.starts(TEACHER))) == 1
+    assert all(gone(pid) for pid in [*machine.pids(TEACHER), *machine.pids("child")])
+
+
+def test_a_teacher_is_not_started_anew_while_its_port_is_taken(machine: Machine) -> None:
+    port = free_port()
+    launcher = launch(machine, driver="sleep", TEACHER_PORT=str(port))
+    wait_until(lambda: machine.pids(DRIVER), "the driver starts")
+    teacher = psutil.Process(machine.pids(TEACHER)[0])
+    teacher.suspend()
+    with socket.socket() as taken:
+        # As a process that outlived the teacher's would, this one listens at the same port from the start.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        teacher.kill()
+        wait_until(lambda: nothing_listens(port), "the port is free")
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert f"port {port} is taken" in stderr
+    assert len(machine.pids(TEACHER)) == 1
+
+
+def test_a_restarted_teacher_that_is_not_ready_in_time_ends_the_run(machine: Machine) -> None:
+    launcher = launch(machine, teacher="serve; sleep", driver="sleep", TEACHER_TIMEOUT="5")
     wait_until(lambda: machine.pids(DRIVER), "the driver starts")
     os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1
-    assert "in the middle of the run" in stderr
-    assert all(gone(pid) for pid in machine.pids(DRIVER))
+    assert "was not ready again within 5 s (SLIME_SCRIPT_TEACHER_TIMEOUT)" in stderr
+    assert all(gone(pid) for pid in [*machine.pids(TEACHER), *machine.pids(DRIVER)])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_restart_is_under_way_ends_everything(
+    machine: Machine, number: signal.Signals, status: int
+) -> None:
+    launcher = launch(machine, teacher="serve; sleep", driver="sleep with a child that ignores SIGTERM")
+    wait_until(lambda: machine.pids("child"), "the driver starts")
+    os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
+    wait_until(lambda: len(machine.pids(TEACHER)) == 2, "the teacher starts again")
+    launcher.send_signal(number)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == status
+    left = [*machine.pids(TEACHER), *machine.pids(DRIVER), *machine.pids("child")]
+    assert all(gone(pid) for pid in left)
+
+
+@pytest.mark.parametrize(("driver", "status"), [("end on a signal of the test", 0), ("fail later", 1)])
+def test_training_that_ends_while_the_teacher_is_away_ends_the_run(
+    machine: Machine, driver: str, status: int
+) -> None:
+    launcher = launch(machine, teacher="serve; sleep", driver=driver)
+    wait_until(lambda: machine.pids(DRIVER), "the driver starts")
+    os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
+    wait_until(lambda: len(machine.pids(TEACHER)) == 2, "the teacher starts again")
+    machine.end_driver()
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == status, stderr
+    assert ("training ended with status 3" in stderr) == (status == 1)
+    assert all(gone(pid) for pid in machine.pids(TEACHER))
+
+
+def test_the_pre_flight_comes_between_teacher_and_training_and_a_fault_ends_the_run(machine: Machine) -> None:
+    launcher = launch(machine, doctor="fail")
+    stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "The teacher is ready." in stdout
+    assert "the stand-in fails on purpose" in stdout
+    assert "did not pass the pre-flight" in stderr
+    assert not machine.pids(DRIVER)
+    assert all(gone(pid) for pid in machine.pids(TEACHER))
+
+
+def test_the_pre_flight_can_be_left_out(machine: Machine) -> None:
+    launcher = launch(machine, doctor="fail", SKIP_DOCTOR="1")
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 0, stderr
+    assert not machine.pids(DOCTOR)
 
 
 def test_a_taken_port_is_an_error_that_names_the_variable(machine: Machine) -> None:
@@ -152,11 +266,15 @@ def test_a_taken_port_is_an_error_that_names_the_variable(machine: Machine) -> N
     assert not machine.pids(TEACHER)
 
 
-def test_a_teacher_elsewhere_that_does_not_answer_is_found_before_the_driver_starts(machine: Machine) -> None:
-    launcher = launch(machine, TEACHER_URL=f"http://127.0.0.1:{free_port()}")
+def test_a_teacher_elsewhere_that_fails_the_pre_flight_is_found_before_the_driver_starts(
+    machine: Machine,
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    launcher = launch(machine, doctor="fail", TEACHER_URL=url)
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1
-    assert "SLIME_SCRIPT_TEACHER_URL" in stderr
+    assert f"SLIME_SCRIPT_TEACHER_URL={url}" in stderr
+    assert not machine.pids(TEACHER)
     assert not machine.pids(DRIVER)
 
 

@@ -1,7 +1,8 @@
 """Run the launcher as a user does, on a made-up machine: any number of GPUs, an environment of stand-ins.
 
-The stand-in Python plays teacher and driver, as `TEACHER_PLAYS` and `DRIVER_PLAYS` say, and passes everything
-else on to the real one; so placement and the argument parser are the real ones.
+The stand-in Python plays teacher, doctor and driver, as `TEACHER_PLAYS`, `DOCTOR_PLAYS` and `DRIVER_PLAYS` say
+(`first; second`: one part a start, the last for all that follow), and passes everything else on to the real one;
+so placement and the argument parser are the real ones.
 """
 
 from __future__ import annotations
@@ -25,25 +26,32 @@ done
 """
 
 PYTHON = """#!{python}
-import http.server, os, signal, subprocess, sys, time
+import http.server, os, shlex, signal, subprocess, sys, time
 
 arguments = sys.argv[1:]
 plays = {{"slime.engines.transformers_engine": "TEACHER_PLAYS",
          "slime.engines.sglang_engine": "TEACHER_PLAYS",
+         "slime.engines.doctor": "DOCTOR_PLAYS",
          "slime.train": "DRIVER_PLAYS", "slime.tiny": "TINY_PLAYS"}}
 module = arguments[1] if arguments[:1] == ["-m"] else ""
 if module not in plays:
     os.execv({python!r}, [{python!r}, *arguments])
-part = os.environ.get(plays[module], "succeed")
-with open(os.environ["STAGE"] + "/" + module, "a") as note:
-    note.write(f"{{os.getpid()}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
+parts = os.environ.get(plays[module], "succeed").split("; ")
+with open(os.environ["STAGE"] + "/" + module, "a+") as note:
+    note.seek(0)
+    part = parts[min(len(note.readlines()), len(parts) - 1)]
+    key = os.environ.get("SLIME_ENGINE_ADMIN_KEY")
+    note.write(f"{{os.getpid()}} {{key}} {{shlex.join(arguments)}}\\n")
 
 class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
 
-if part == "serve":
+if part.startswith("serve"):
+    if part == "serve with a child":
+        with open(os.environ["STAGE"] + "/child", "a") as note:
+            note.write(f"{{subprocess.Popen(['sleep', '600']).pid}}\\n")
     port = int(arguments[arguments.index("--port") + 1])
     http.server.ThreadingHTTPServer(("127.0.0.1", port), Ready).serve_forever()
 elif part == "sleep with a child that ignores SIGTERM":
@@ -54,6 +62,10 @@ elif part == "sleep with a child that ignores SIGTERM":
     time.sleep(600)
 elif part == "sleep":
     time.sleep(600)
+elif part in ("end on a signal of the test", "fail later"):
+    while not os.path.exists(os.environ["STAGE"] + "/end"):
+        time.sleep(0.05)
+    sys.exit(3 if part == "fail later" else 0)
 elif part == "fail":
     print("the stand-in fails on purpose", flush=True)
     sys.exit(3)
@@ -157,8 +169,19 @@ class Machine:
 
     def pids(self, name: str) -> list[int]:
         """Return the processes that played `name` so far."""
+        return [int(line.split()[0]) for line in self._notes(name)]
+
+    def starts(self, name: str) -> list[str]:
+        """Return the admin key and the arguments of each process that played `name` so far."""
+        return [line.split(maxsplit=1)[1] for line in self._notes(name)]
+
+    def end_driver(self) -> None:
+        """Let a driver that plays "end on a signal of the test" succeed."""
+        (self.stage / "end").touch()
+
+    def _notes(self, name: str) -> list[str]:
         note = self.stage / name
-        return [int(line.split()[0]) for line in note.read_text().splitlines()] if note.exists() else []
+        return note.read_text().splitlines() if note.exists() else []
 
 
 def _executable(path: Path, text: str) -> None:
