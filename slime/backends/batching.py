@@ -71,10 +71,10 @@ class MicroBatch:
     """int64 [B, T], 1 on tokens."""
     image_token_mask: Tensor
     """int64 [B, T], 1 on the pads of pictures: the model's `mm_token_type_ids`."""
-    pixel_values: Tensor | None
-    """float32 [N, D], each distinct picture once."""
+    pictures: tuple[Tensor, ...]
+    """float32 [N, D] of each distinct picture; the micro-batches of a shard share these tensors."""
     picture_grids: Tensor | None
-    """int64 [pictures, 3], the grids behind `pixel_values`."""
+    """int64 [pictures, 3], their grids; None without pictures."""
     picture_rows: tuple[int, ...]
     """[I], which distinct picture each image in the batch is."""
     response_positions: Tensor
@@ -96,6 +96,11 @@ class MicroBatch:
     reference_log_probs: Tensor | None = None
     """float32 [P], under the initial student."""
 
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """float32 [N, D], all distinct pictures joined for one forward pass; None without pictures."""
+        return torch.cat(self.pictures) if self.pictures else None
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same micro-batch with all tensors on `device`."""
         if self.input_ids.device == device:
@@ -105,11 +110,16 @@ class MicroBatch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        pictures = tuple(pixels.to(device, non_blocking=True) for pixels in self.pictures)
+        return replace(self, pictures=pictures, **moved)
 
 
 class MicroBatchBuilder:
-    """Builds micro-batches of one shard; each picture of the shard is processed once."""
+    """Builds micro-batches of one shard; each picture of the shard is processed once.
+
+    Its pixels exist once, however many micro-batches, optimizer steps and passes over them read it: at
+    1024x1024 they are 25 MB.
+    """
 
     def __init__(self, processor: BatchProcessor, pictures: Mapping[str, bytes]) -> None:
         self._processor = processor
@@ -132,13 +142,13 @@ class MicroBatchBuilder:
             attention_mask[row, : len(ids)] = 1
         if not rows:
             attention_mask.fill_(1)
-        pixel_values, grids, picture_rows = self._pixels(samples)
+        pictures, grids, picture_rows = self._pixels(samples)
         return MicroBatch(
             sample_indices=tuple(sample.index for sample in samples),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_token_mask=self._image_tokens(input_ids, attention_mask, has_pictures=bool(picture_rows)),
-            pixel_values=pixel_values,
+            pictures=pictures,
             picture_grids=grids,
             picture_rows=picture_rows,
             **_response_arrays(samples, rows, width),
@@ -159,8 +169,10 @@ class MicroBatchBuilder:
             return torch.zeros_like(input_ids)
         return ((input_ids == self._processor.image_token_id) & (attention_mask == 1)).long()
 
-    def _pixels(self, samples: Sequence[TrainSample]) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
-        """Return the distinct pictures' pixels [N, D] and grids, and which of them each image is."""
+    def _pixels(
+        self, samples: Sequence[TrainSample]
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[int, ...]]:
+        """Return the distinct pictures' pixels and grids, and which of them each image is."""
         images = [
             (sample.index, sha256, grid)
             for sample in samples
@@ -168,14 +180,17 @@ class MicroBatchBuilder:
         ]
         order = {sha256: row for row, sha256 in enumerate(dict.fromkeys(sha256 for _, sha256, _ in images))}
         if not order:
-            return None, None, ()
+            return (), None, ()
         self._process({sha256: index for index, sha256, _ in images if sha256 not in self._processed})
         for index, sha256, grid in images:
             self._check_grid(index, sha256, grid)
         pictures = [self._processed[sha256] for sha256 in order]
-        pixels = torch.cat([pixels for pixels, _ in pictures])
         grids = torch.tensor([grid for _, grid in pictures])
-        return pixels, grids, tuple(order[sha256] for _, sha256, _ in images)
+        return (
+            tuple(pixels for pixels, _ in pictures),
+            grids,
+            tuple(order[sha256] for _, sha256, _ in images),
+        )
 
     def _process(self, new: Mapping[str, int]) -> None:
         """Make and keep the pixels of pictures, given as content hash -> a sample that shows it."""

@@ -38,7 +38,7 @@ def batch(**parts: Any) -> MicroBatch:
         input_ids=torch.zeros(2, 3, dtype=torch.int64),
         attention_mask=torch.ones(2, 3),
         image_token_mask=torch.zeros(2, 3),
-        pixel_values=None,
+        pictures=(),
         picture_grids=None,
         picture_rows=(),
         response_positions=torch.arange(3),

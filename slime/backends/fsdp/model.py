@@ -94,9 +94,10 @@ class PolicyModel(nn.Module):
 
 def _image_features(model: Any, batch: MicroBatch) -> tuple[BaseModelOutputWithDeepstackFeatures, Tensor]:
     """Encode each distinct picture once; return features and grids [I, 3] of every image in the batch."""
-    if batch.pixel_values is None or batch.picture_grids is None:
+    pixel_values = batch.pixel_values
+    if pixel_values is None or batch.picture_grids is None:
         raise ValueError(f"samples {batch.sample_indices} carry pictures and their micro-batch no pixels.")
-    features = model.get_image_features(batch.pixel_values, batch.picture_grids, return_dict=True)
+    features = model.get_image_features(pixel_values, batch.picture_grids, return_dict=True)
     rows = list(batch.picture_rows)
     pooled: Any = [features.pooler_output[row] for row in rows]
     deepstack: Any = [[level[row] for row in rows] for level in features.deepstack_features]

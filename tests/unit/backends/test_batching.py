@@ -90,9 +90,9 @@ def test_a_shards_pictures_are_processed_once(processor: Any) -> None:
 
     builder = MicroBatchBuilder(Counting(), {sha256: png})
     seen = sample(0, [processor.image_token_id, 8], 1, image_hashes=(sha256,), image_grid_thw=(grid,))
-    builder.build([seen, seen])
-    builder.build([seen])
+    batches = [builder.build([seen, seen]), builder.build([seen])]
     assert calls == 1
+    assert batches[0].pictures[0] is batches[1].pictures[0], "and their pixels exist once"
 
 
 def test_the_pixels_are_the_processors_own(processor: Any) -> None:
