@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from slime.engines.process import ServerProcess, free_port, start_server
 from slime.tiny.geometry import write_splits
 from slime.tiny.paths import checkpoint_path
+from tests.fakes.launcher import SCRIPT
 
 MARK = "SLIME_TEST_JOB"
 START_SECONDS = 240.0
@@ -47,16 +48,17 @@ def start_teacher(log_path: Path) -> ServerProcess:
 
 @dataclass
 class Job:
-    """One `python -m slime.train` in a process group of its own, as a terminal would start it."""
+    """One driver, or launcher with its driver, in a process group of its own as a terminal starts it."""
 
     process: subprocess.Popen[str]
     output_dir: Path
     console_path: Path
     mark: str
+    driver_pid: int
 
     @property
     def console(self) -> str:
-        """What the driver has printed."""
+        """What the job has printed."""
         return self.console_path.read_text(errors="replace")
 
     def wait_for(self, pattern: str, seconds: float = START_SECONDS) -> None:
@@ -64,16 +66,16 @@ class Job:
         self.wait_until(lambda: re.search(pattern, self.console) is not None, f"no {pattern!r}", seconds)
 
     def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-        """Return once `condition` holds; fail with the console where it does not, or the driver has ended."""
+        """Return once `condition` holds; fail with the console where it does not, or the job has ended."""
         deadline = time.monotonic() + seconds
         while not condition():
             ended = self.process.poll() is not None
-            assert not ended, f"{what}; the driver ended:\n{self.console}"
+            assert not ended, f"{what}; the job ended:\n{self.console}"
             assert time.monotonic() < deadline, f"{what} after {seconds} s:\n{self.console}"
             time.sleep(0.1)
 
     def wait(self, seconds: float = START_SECONDS) -> int:
-        """Return the driver's exit status."""
+        """Return the job's exit status."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -84,17 +86,21 @@ class Job:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def processes(self) -> list[psutil.Process]:
-        """Return every living process that the driver started, however indirectly; it inherited our mark."""
+        """Return every living process of the job, however indirectly started; it inherited our mark."""
         return [process for process in psutil.process_iter() if _mark(process) == self.mark]
 
+    def find_all(self, pattern: str) -> list[psutil.Process]:
+        """Return the job's processes whose command lines show `pattern`."""
+        return [process for process in self.processes() if re.search(pattern, _command_line(process))]
+
     def find(self, pattern: str) -> psutil.Process:
-        """Return the job's process whose command line shows `pattern`."""
-        found = [process for process in self.processes() if re.search(pattern, " ".join(process.cmdline()))]
+        """Return the job's one process whose command line shows `pattern`."""
+        found = self.find_all(pattern)
         assert len(found) == 1, f"{len(found)} processes match {pattern!r}"
         return found[0]
 
     def assert_nothing_left(self, seconds: float = 10.0) -> None:
-        """Fail if a process, a folder of Ray's or published weights outlive the driver by `seconds`."""
+        """Fail if a process, a folder of Ray's or published weights outlive the job by `seconds`."""
         deadline = time.monotonic() + seconds
         while left := self.processes():
             assert time.monotonic() < deadline, [" ".join(process.cmdline())[:120] for process in left]
@@ -103,7 +109,7 @@ class Job:
 
     def shared_folders(self) -> list[Path]:
         """Return the driver's own folders in shared memory and the temporary folder."""
-        names = (f"slime-weights-{self.process.pid}-*", f"slime-ray-{self.process.pid}-*")
+        names = (f"slime-weights-{self.driver_pid}-*", f"slime-ray-{self.driver_pid}-*")
         return [path for folder in SHARED_FOLDERS for name in names for path in folder.glob(name)]
 
 
@@ -112,6 +118,13 @@ def _mark(process: psutil.Process) -> str | None:
         return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
 
 
 def arguments(data: dict[str, Path], teacher_url: str, output_dir: Path, *extra: str) -> list[str]:
@@ -132,20 +145,43 @@ def arguments(data: dict[str, Path], teacher_url: str, output_dir: Path, *extra:
 @contextmanager
 def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
     """Start the driver; kill whatever a failed test leaves of it."""
+    with _started([sys.executable, "-m", "slime.train", *argv], output_dir, {}) as job:
+        yield job
+
+
+@contextmanager
+def launched(output_dir: Path, data: Path, **knobs: str) -> Iterator[Job]:
+    """Start the launcher on as small a job, with `SLIME_SCRIPT_<knob>` set and nothing of it faked."""
+    knobs = {
+        "SKIP_SETUP": "1",
+        "DATASET_NAME": str(data),
+        "OUTPUT_DIR": str(output_dir),
+        "ROLLOUT_BATCH_SIZE": "4",
+        "N_SAMPLES_PER_PROMPT": "2",
+        "MAX_RESPONSE_LEN": "64",
+    } | knobs
+    variables = {f"SLIME_SCRIPT_{name}": value for name, value in knobs.items()}
+    variables |= {"VIRTUAL_ENV": sys.prefix, "TMPDIR": str(output_dir.parent)}
+    with _started(["bash", str(SCRIPT)], output_dir, variables) as job:
+        yield job
+
+
+@contextmanager
+def _started(command: list[str], output_dir: Path, variables: dict[str, str]) -> Iterator[Job]:
     mark = uuid.uuid4().hex
     console_path = output_dir.with_suffix(".console")
     console_path.parent.mkdir(parents=True, exist_ok=True)
     with console_path.open("w") as console:
         process = subprocess.Popen(
-            [sys.executable, "-m", "slime.train", *argv],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env={**os.environ, MARK: mark, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, MARK: mark, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **variables},
         )
-    job = Job(process, output_dir, console_path, mark)
+    job = Job(process, output_dir, console_path, mark, process.pid)
     try:
         yield job
     finally:

@@ -1,8 +1,8 @@
 """Run the launcher as a user does, on a made-up machine: any number of GPUs, an environment of stand-ins.
 
-The stand-in Python plays teacher, doctor and driver, as `TEACHER_PLAYS`, `DOCTOR_PLAYS` and `DRIVER_PLAYS` say
-(`first; second`: one part a start, the last for all that follow), and passes everything else on to the real one;
-so placement and the argument parser are the real ones.
+The stand-in Python plays teacher, doctor and driver as `TEACHER_PLAYS`, `DOCTOR_PLAYS` and `DRIVER_PLAYS` say
+("first; second": one part a start, the last for all that follow), and passes everything else on to the real
+one; so placement and the argument parser are the real ones.
 """
 
 from __future__ import annotations

@@ -1,0 +1,36 @@
+"""What a test does to a living server: hold it while requests reach it, then kill it under them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ESTABLISHED = "01"
+HOLD_SECONDS = 120.0
+
+
+def kill_with_requests(server: psutil.Process, port: int, going_on: Callable[[], bool]) -> None:
+    """Stop the server at `port`, wait until a request lies unread at it, kill it with SIGKILL.
+
+    Fail if none comes although `going_on()` holds for two minutes, or if that does not hold any more.
+    """
+    server.suspend()
+    deadline = time.monotonic() + HOLD_SECONDS
+    while unread_bytes(port) == 0:
+        assert going_on(), "what should ask the server has ended"
+        assert time.monotonic() < deadline, f"nothing was sent to port {port} in {HOLD_SECONDS:g} s"
+        time.sleep(0.02)
+    server.kill()
+
+
+def unread_bytes(port: int) -> int:
+    """Return how much has been sent to a local TCP port and not been read there."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(
+        int(row[4].split(":")[1], 16)
+        for row in rows
+        if row[3] == ESTABLISHED and int(row[1].split(":")[1], 16) == port
+    )
