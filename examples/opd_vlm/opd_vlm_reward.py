@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slime.rollout.on_policy_distillation import TeacherArgs, score_response, teacher_log_probs
+from slime.rollout.on_policy_distillation import TeacherArgs, attach_scores, score_response
 from slime.utils.types import Sample
 
 # Hybrid, line 1 of 2: above 0 the task's reward is trained on beside the teacher, with this weight. Edit it
@@ -34,14 +34,13 @@ async def reward_func(args: TeacherArgs, sample: Sample, **kwargs: Any) -> dict[
 def post_process_rewards(
     args: TeacherArgs, samples: list[Sample], **kwargs: Any
 ) -> tuple[list[float], list[float]]:
-    """Attach the teacher's log-probs to each sample; return (raw rewards, rewards to train on).
+    """Attach the teacher's scores to each sample; return (raw rewards, rewards to train on).
 
     The reverse KL to the teacher is no reward: the trainer subtracts it, token by token, from the advantages
     that it makes of these rewards. With zero rewards that leaves pure distillation.
     """
     for sample in samples:
-        answer = sample.get_reward_value(args)
-        sample.teacher_log_probs = teacher_log_probs(answer, sample.response_length)
+        attach_scores(args, sample)
     if TASK_REWARD_WEIGHT == 0.0:
         zeros = [0.0] * len(samples)
         return zeros, zeros

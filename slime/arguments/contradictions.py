@@ -28,6 +28,16 @@ def _distillation(args: Args) -> Iterator[str]:
             "--use-opd --opd-type sglang needs the teacher's address; "
             "add --rm-url http://HOST:PORT/generate of the server that holds it."
         )
+    if args.eval_teacher and args.opd_teachers:
+        yield (
+            "--eval-teacher asks one teacher all questions, and --opd-teachers names several. Drop "
+            "--eval-teacher."
+        )
+    if args.opd_top_k > 0 and not (args.use_opd and args.opd_type == "sglang"):
+        yield (
+            f"--opd-top-k {args.opd_top_k} asks a teacher's server for more, and there is none. Add "
+            "--use-opd --opd-type sglang --rm-url URL, or drop it."
+        )
     if args.eval_teacher and args.rm_url is None:
         yield (
             "--eval-teacher asks the teacher's server, and no --rm-url names it. Add --rm-url or drop "

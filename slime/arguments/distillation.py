@@ -18,6 +18,23 @@ class DistillationArgs:
         None, help="Where the teacher lives: sglang, a server at --rm-url; megatron, in the trainer."
     )
     opd_kl_coef: float = flag(1.0, help="Weight of the reverse KL to the teacher.")
+    opd_top_k: int = flag(
+        0, help="Ask for the teacher's K likeliest tokens at each response position too; 0: none.", at_least=0
+    )
+    opd_misaligned: Literal["abort", "mask"] = flag(
+        "abort",
+        help=(
+            "What to do about a score that does not belong to the sampled tokens. abort: end the run; mask: "
+            "leave the sample out of the loss and count it."
+        ),
+    )
+    opd_max_failed_frac: float = flag(
+        0.1,
+        help="Share of a rollout's samples that may stay without a score (masked and counted); beyond it "
+        "the run ends.",
+        at_least=0,
+        at_most=1,
+    )
     opd_teacher_load: str | None = flag(None, help="Checkpoint of the teacher, with --opd-type megatron.")
 
     def validate(self) -> Iterator[str]:

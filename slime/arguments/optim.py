@@ -24,6 +24,13 @@ class LossArgs:
         derived_from="--eps-clip",
         at_least=0,
     )
+    use_tis: bool = flag(
+        help="Weigh each sampled token by its truncated importance ratio, trainer over engine.",
+        derive=lambda args: args.rollout_temperature != 1.0,
+        derived_from="where --rollout-temperature is not 1",
+    )
+    tis_clip: float = flag(2.0, help="Largest importance weight.", above=0)
+    tis_clip_low: float = flag(0.0, help="Smallest importance weight.", at_least=0)
     entropy_coef: float = flag(0.0, help="Weight of the entropy bonus.", at_least=0)
     kl_loss_coef: float = flag(0.0, help="Weight of the KL to the initial student (--ref-load).", at_least=0)
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag(
@@ -43,7 +50,16 @@ class LossArgs:
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
-        yield from ()
+        if self.tis_clip_low >= self.tis_clip:
+            yield (
+                f"--tis-clip-low {self.tis_clip_low:g} is not below --tis-clip {self.tis_clip:g}: importance "
+                "weights would have no room. Lower the one or raise the other."
+            )
+        if not self.use_tis and (self.tis_clip, self.tis_clip_low) != (2.0, 0.0):
+            yield (
+                "--tis-clip and --tis-clip-low bound importance weights, and none are used at "
+                "--rollout-temperature 1. Add --use-tis, or drop them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

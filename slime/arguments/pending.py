@@ -40,17 +40,6 @@ PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
         "--rollout-num-gpus.",
     ),
     (
-        "--rm-url given several times",
-        lambda args: len(args.rm_urls) > 1,
-        "spreading scores over several teachers has not landed. Give it once.",
-    ),
-    (
-        "--rollout-temperature other than 1",
-        lambda args: args.rollout_temperature != 1.0,
-        "the correction for sampling at another temperature than the one that the teacher scores at (1) has "
-        "not landed. Use --rollout-temperature 1.",
-    ),
-    (
         "--rollout-top-p below 1",
         lambda args: args.rollout_top_p != 1.0,
         "the correction for sampling from a cut distribution has not landed. Use --rollout-top-p 1.",

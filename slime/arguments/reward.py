@@ -21,6 +21,16 @@ class RewardArgs:
         repeat=True,
         help="URL that scores responses (the teacher), path included: http://127.0.0.1:13141/generate.",
     )
+    opd_teachers: tuple[str, ...] = flag(
+        (),
+        help=(
+            "Several teachers, NAME=URL …; each sample is scored by the one that its metadata names "
+            "(--opd-teacher-key). A name given again is another server of that teacher."
+        ),
+    )
+    opd_teacher_key: str = flag(
+        "data_source", help="Entry of a sample's metadata that names its teacher, with --opd-teachers."
+    )
     reward_key: str | None = flag(None, help="Entry of the reward function's dict that is the reward.")
     eval_reward_key: str | None = flag(None, help="The same in evaluation.")
     custom_rm_path: str | None = flag(
@@ -36,21 +46,52 @@ class RewardArgs:
     task_reward_weight: float = flag(
         0.0, help="Weight of the task's grade (--rm-type) as its own stream beside distillation.", at_least=0
     )
-    teacher_concurrency: int = flag(256, help="Scoring requests in flight to the teacher.", at_least=1)
-    teacher_timeout: float = flag(120.0, help="Seconds that one scoring request may take.", above=0)
+    teacher_concurrency: int = flag(
+        256, help="Scoring requests in flight to one server of the teacher.", at_least=1
+    )
+    teacher_timeout: float = flag(120.0, help="Seconds that one attempt at a score may take.", above=0)
+    teacher_patience: float = flag(
+        60.0,
+        help="Seconds in which a score that failed is tried again; covers a teacher's restart.",
+        at_least=0,
+    )
 
     @property
     def rm_url(self) -> str | None:
-        """The first `--rm-url`, as plugins read it."""
-        return self.rm_urls[0] if self.rm_urls else None
+        """The teacher's first address, as plugins read it."""
+        return next(iter(self.teacher_urls), None)
+
+    @property
+    def teacher_urls(self) -> tuple[str, ...]:
+        """Every address that scores are asked from."""
+        return self.rm_urls or tuple(url for urls in self.named_teachers.values() for url in urls)
+
+    @property
+    def named_teachers(self) -> dict[str, tuple[str, ...]]:
+        """The addresses of each teacher of `--opd-teachers`, by name."""
+        teachers: dict[str, tuple[str, ...]] = {}
+        for text in self.opd_teachers:
+            name, _, url = text.partition("=")
+            teachers[name] = (*teachers.get(name, ()), url)
+        return teachers
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
-        for url in self.rm_urls:
+        if self.rm_urls and self.opd_teachers:
+            yield (
+                "--rm-url and --opd-teachers both name teachers. Give --rm-url for one teacher (several "
+                "times for several servers of it), or --opd-teachers for several."
+            )
+        for text in self.opd_teachers:
+            name, equals, _ = text.partition("=")
+            if not (name and equals):
+                yield f"--opd-teachers {text!r} is not NAME=URL, as geo3k=http://127.0.0.1:13141/generate."
+        flag_name = "--rm-url" if self.rm_urls else "--opd-teachers"
+        for url in filter(None, self.teacher_urls):
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path in ("", "/"):
                 yield (
-                    f"--rm-url {url!r} is no URL with a path; it is posted to as it stands, so give the "
+                    f"{flag_name} {url!r} is no URL with a path; it is posted to as it stands, so give the "
                     "whole of it, as http://127.0.0.1:13141/generate."
                 )
         for name, path in (

@@ -16,7 +16,12 @@ class RolloutArgs:
     rollout_batch_size: int = flag(32, help="Prompts in one rollout.", at_least=1)
     n_samples_per_prompt: int = flag(4, help="Responses to each prompt.", at_least=1)
     rollout_max_response_len: int = flag(1024, help="Longest response in tokens.", at_least=1)
-    rollout_temperature: float = flag(1.0, help="Sampling temperature of the student.", above=0)
+    rollout_temperature: float = flag(
+        1.0,
+        help="Sampling temperature of the student. Other than 1 it is corrected for (--use-tis): the "
+        "teacher's scores are at temperature 1.",
+        above=0,
+    )
     rollout_top_p: float = flag(1.0, help="Nucleus of the student's sampling.", above=0, at_most=1)
     rollout_top_k: int = flag(-1, help="Sample among so many likeliest tokens; -1: all.", at_least=-1)
     rollout_stop: tuple[str, ...] = flag((), help="Strings that end a response.")

@@ -1,63 +1,37 @@
 """The asynchronous client of one kind of server (the student's engines, or the teacher's).
 
-One keep-alive pool, bounded concurrency, a deadline for every request, short retries that end in a clear
-error. It moves JSON and knows verbs; what a `/generate` request or answer means is `api.py`'s business.
+Bounded concurrency, a deadline for every attempt, retries that end in a clear error, several replicas. It
+moves JSON and knows verbs; what a `/generate` request or answer means is `api.py`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import random
-from collections import OrderedDict
+import uuid
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
-
-import aiohttp
-import orjson
 
 from slime.engines.errors import (
-    AnswerError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    WrongAnswerError,
 )
+from slime.engines.replicas import Endpoint, Replica, Replicas
+from slime.engines.retry import Retry
+from slime.engines.transport import Transport
 
 API_KEY_VARIABLE = "SLIME_ENGINE_API_KEY"
 ADMIN_KEY_VARIABLE = "SLIME_ENGINE_ADMIN_KEY"
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
-RETRIED_STATUSES = frozenset({429, 503})
-"""Overloaded or starting up: worth another try. A 400 never is, the request itself is wrong."""
-REMEMBERED_GROUPS = 65_536
-"""How many groups' servers are remembered; far more than are ever in flight."""
-KEEP_ALIVE_SECONDS = 4.0
-"""Below uvicorn's 5 s: we drop an idle connection before the server closes it under a request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One server: where it generates, and where its other paths hang."""
-
-    generate_url: str
-    base_url: str
-
-    @classmethod
-    def parse(cls, url: str) -> Endpoint:
-        """Read a URL as users give it: bare, or with its path, which is then posted to as it is."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"{url!r} is no server address; give it as http://HOST:PORT/generate.")
-        path = parts.path.rstrip("/")
-        if not path:
-            base = urlunsplit((parts.scheme, parts.netloc, "", "", ""))
-            return cls(generate_url=f"{base}/generate", base_url=base)
-        base = urlunsplit((parts.scheme, parts.netloc, path.rsplit("/", 1)[0], "", ""))
-        return cls(generate_url=url, base_url=base)
+REQUEST_ID = "slime-"
+"""Begins every request's id, so that an answer to somebody else's request is known for what it is."""
+PROBE_SECONDS = 1.0
+PROBE_TIMEOUT = 5.0
 
 
 class EngineClient:
@@ -71,7 +45,7 @@ class EngineClient:
         remedy: str = "Look at the server's log.",
         concurrency: int = 256,
         timeout: float = 600.0,
-        retry_seconds: float = 20.0,
+        patience: float = 20.0,
         api_key: str | None = None,
         admin_key: str | None = None,
     ) -> None:
@@ -82,27 +56,23 @@ class EngineClient:
             role: what error messages call the server.
             remedy: what error messages tell the user to look at.
             concurrency: requests in flight per server.
-            timeout: seconds from a request's start to its answer, retries included; waiting for a free place
-                is not.
-            retry_seconds: how long a server that refuses connections is tried before the last error is
-                raised.
+            timeout: seconds that one attempt may take; waiting for a free place is not counted.
+            patience: seconds, from a request's first failure on, in which it is tried again.
             api_key: for `/generate`; None reads SLIME_ENGINE_API_KEY.
             admin_key: for control verbs; None reads SLIME_ENGINE_ADMIN_KEY, then falls back to the API key.
         """
         if not urls:
             raise ValueError(f"no address of a {role} was given; at least one is needed.")
         self.role = role
-        self.endpoints = [Endpoint.parse(url) for url in urls]
+        self.endpoints = [Endpoint.parse(url) for url in dict.fromkeys(urls)]
         self._remedy = remedy
         self._timeout = timeout
-        self._retry_seconds = retry_seconds
+        self._patience = patience
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE)
         self._admin_key = admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or self._api_key
-        self._places = {endpoint: asyncio.Semaphore(concurrency) for endpoint in self.endpoints}
-        self._load = dict.fromkeys(self.endpoints, 0)
-        self._given = dict.fromkeys(self.endpoints, 0)
-        self._groups: OrderedDict[Hashable, Endpoint] = OrderedDict()
-        self._session: aiohttp.ClientSession | None = None
+        self._replicas = Replicas(self.endpoints, concurrency)
+        self._transport = Transport(role, remedy)
+        self._probes: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,42 +82,121 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close the pool. The client may be used again: it opens a new one."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for probe in self._probes:
+            probe.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
+        await self._transport.close()
 
     # ---- data ----
 
     def endpoint_for(self, group: Hashable | None = None) -> Endpoint:
         """Choose the least loaded server; all requests of a group go to one, where its prefix is cached."""
-        known = self._groups.get(group) if group is not None else None
-        if known is not None:
-            return known
-        chosen = min(self.endpoints, key=lambda endpoint: (self._load[endpoint], self._given[endpoint]))
-        self._given[chosen] += 1
-        if group is not None:
-            self._groups[group] = chosen
-            if len(self._groups) > REMEMBERED_GROUPS:
-                self._groups.popitem(last=False)
-        return chosen
+        return self._replicas.home(group).replica.endpoint
+
+    @property
+    def all_up(self) -> bool:
+        """Whether no server is left out at the moment."""
+        return all(replica.up for replica in self._replicas.all)
 
     async def generate(self, payload: dict[str, Any], *, group: Hashable | None = None) -> Any:
         """Post to `/generate`, as soon as the group's server has a free place; return the parsed answer.
 
         Raises:
             EngineUnreachableError: no connection, retries included.
-            EngineTimeoutError: no answer before the deadline.
-            HttpError: an error status.
-            AnswerError: the answer is no JSON.
+            EngineTimeoutError: no answer before the deadline, retries included.
+            HttpError: an error status, retries included where another try could help.
+            AnswerError: the answer is no JSON, or belongs to another request.
         """
-        endpoint = self.endpoint_for(group)
-        self._load[endpoint] += 1
+        retry = Retry(self._patience, repeatable=True)
+        while True:
+            replica = self._replicas.home(group).replica
+            try:
+                return await self._attempt(replica, payload)
+            except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
+                if not (isinstance(error, HttpError) and error.status < 500):
+                    self._leave_out(replica)
+                pause = retry.pause(error, elsewhere=self._replicas.elsewhere(replica))
+                if pause is None:
+                    raise self._last(error, replica.endpoint.generate_url, retry) from error
+                await asyncio.sleep(pause)
+
+    async def score(self, payload: dict[str, Any], *, group: Hashable | None = None) -> Any:
+        """Post like `generate`; a group's first request goes alone, and the others find its prefix cached.
+
+        Sent at once, n samples of a new prompt would all miss the cache, and prompt and picture would be
+        prefilled n times.
+        """
+        while group is not None:
+            home = self._replicas.home(group)
+            if home.warm:
+                break
+            async with home.lock:
+                if home.warm or self._replicas.home(group) is not home:
+                    continue
+                answer = await self.generate(payload, group=group)
+                self._replicas.home(group).warm = True  # the group may have moved meanwhile
+                return answer
+        return await self.generate(payload, group=group)
+
+    async def _attempt(self, replica: Replica, payload: dict[str, Any]) -> Any:
+        """Send one request to one server, under an id of its own: a retried id could still be running."""
+        url, request_id = replica.endpoint.generate_url, REQUEST_ID + uuid.uuid4().hex
+        replica.load += 1
         try:
-            async with self._places[endpoint]:
-                body = await self._request("POST", endpoint.generate_url, payload, self._api_key)
+            async with replica.places:
+                body = payload | {"rid": request_id}
+                raw = await self._transport.send("POST", url, body, self._api_key, self._timeout)
         finally:
-            self._load[endpoint] -= 1
-        return self._parse(endpoint.generate_url, body)
+            replica.load -= 1
+        answer = self._transport.parse(url, raw)
+        self._check_id(url, answer, request_id)
+        return answer
+
+    def _check_id(self, url: str, answer: Any, request_id: str) -> None:
+        """Refuse another request's answer. A gateway may drop our id; then the tokens' receipt has to do."""
+        meta = answer.get("meta_info") if isinstance(answer, dict) else None
+        answered = meta.get("id") if isinstance(meta, dict) else None
+        if isinstance(answered, str) and answered.startswith(REQUEST_ID) and answered != request_id:
+            raise WrongAnswerError(
+                f"the {self.role} at {url} answered request {answered} in the place of {request_id}; "
+                f"something between mixes up answers. {self._remedy}"
+            )
+
+    # ---- replicas that fail ----
+
+    def _leave_out(self, replica: Replica) -> None:
+        """Send nothing more to a server that failed until it says that it is ready; a lone one is all there
+        is."""
+        if len(self._replicas.all) == 1 or not replica.up:
+            return
+        replica.up = False
+        probe = asyncio.create_task(self._probe(replica))
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
+
+    async def _probe(self, replica: Replica) -> None:
+        """Ask `GET /ready`, which costs a server nothing, until it is answered."""
+        url = replica.endpoint.base_url + "/ready"
+        while not replica.up:
+            await asyncio.sleep(PROBE_SECONDS)
+            try:
+                await self._transport.send("GET", url, None, self._api_key, PROBE_TIMEOUT)
+            except HttpError as error:
+                # an older server does not know the path, and is there
+                replica.up = error.status in (404, 405)
+            except EngineError:
+                continue
+            else:
+                replica.up = True
+
+    def _last(self, error: EngineError, url: str, retry: Retry) -> EngineError:
+        """Word the error that ends the tries."""
+        if retry.tries == 1:
+            return error
+        tried = f"{retry.tries} tries in {retry.seconds:.0f} s"
+        if isinstance(error, HttpError):
+            return HttpError(url, error.status, error.body, f"{tried}. {self._remedy}")
+        return type(error)(f"{error} ({tried}). {self._remedy}")
 
     # ---- control, on every server ----
 
@@ -180,11 +229,23 @@ class EngineClient:
         """Return each server's `/server_info`: its resolved arguments and state."""
         return await self._control("GET", "/server_info")
 
+    async def _request(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
+        """Send a control verb until there is an answer or no hope; one without an answer is not repeated."""
+        retry = Retry(self._patience, repeatable=False)
+        while True:
+            try:
+                return await self._transport.send(method, url, body, self._admin_key, self._timeout)
+            except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
+                pause = retry.pause(error, elsewhere=False)
+                if pause is None:
+                    raise self._last(error, url, retry) from error
+                await asyncio.sleep(pause)
+
     async def _control(self, method: str, path: str, body: dict[str, Any] | None = None) -> list[Any]:
         """Call one verb on all servers; return the parsed answers in the servers' order."""
         urls = [endpoint.base_url + path for endpoint in self.endpoints]
-        bodies = await asyncio.gather(*(self._request(method, url, body, self._admin_key) for url in urls))
-        return [self._parse(url, answer) for url, answer in zip(urls, bodies, strict=True)]
+        bodies = await asyncio.gather(*(self._request(method, url, body) for url in urls))
+        return [self._transport.parse(url, answer) for url, answer in zip(urls, bodies, strict=True)]
 
     async def _flush(self, endpoint: Endpoint, patience: float) -> None:
         url = endpoint.base_url + "/flush_cache"
@@ -192,7 +253,7 @@ class EngineClient:
         give_up = loop.time() + patience
         while True:
             try:
-                await self._request("POST", url, {}, self._admin_key)
+                await self._request("POST", url, {})
             except HttpError as error:
                 if error.status != 400 or loop.time() >= give_up:
                     raise
@@ -203,7 +264,7 @@ class EngineClient:
     async def _update_from_disk(self, endpoint: Endpoint, body: dict[str, Any]) -> None:
         url = endpoint.base_url + "/update_weights_from_disk"
         try:
-            answer = self._parse(url, await self._request("POST", url, body, self._admin_key))
+            answer = self._transport.parse(url, await self._request("POST", url, body))
         except HttpError as error:
             if error.status != 400 or "not flushed" not in error.body:
                 raise
@@ -211,85 +272,3 @@ class EngineClient:
             return
         if not (isinstance(answer, dict) and answer.get("success")):
             raise EngineError(f"{url} did not load {body['model_path']}: {str(answer)[:500]}. {self._remedy}")
-
-    # ---- transport ----
-
-    def _pool(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            # limit 0: the semaphores bound the requests; a second bound here would only hide who waits for
-            # what
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
-            self._session = aiohttp.ClientSession(connector=connector, read_bufsize=2**20)
-        return self._session
-
-    async def _request(self, method: str, url: str, body: dict[str, Any] | None, key: str | None) -> bytes:
-        """Send until there is an answer, the deadline, or no hope; return the body of a 200."""
-        headers = {"Content-Type": "application/json"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else orjson.dumps(body)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._timeout
-        first_failure: float | None = None
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                return await self._send(method, url, data, headers, deadline - loop.time())
-            except (EngineUnreachableError, HttpError) as error:
-                if isinstance(error, HttpError) and error.status not in RETRIED_STATUSES:
-                    raise
-                now = loop.time()
-                first_failure = first_failure or now
-                # full jitter, so that the samples of a rollout do not come back in one wave
-                pause = random.uniform(0.1, min(4.0, 0.25 * 2**tries))
-                if now + pause > min(deadline, first_failure + self._retry_seconds):
-                    raise self._last(error, url, tries, now - first_failure) from error
-                await asyncio.sleep(pause)
-
-    def _last(self, error: EngineError, url: str, tries: int, seconds: float) -> EngineError:
-        """Word the error that ends the retries."""
-        if isinstance(error, HttpError):
-            return HttpError(
-                url, error.status, error.body, f"{tries} tries in {seconds:.0f} s. {self._remedy}"
-            )
-        return EngineUnreachableError(f"{error} ({tries} tries in {seconds:.0f} s). {self._remedy}")
-
-    async def _send(
-        self, method: str, url: str, data: bytes | None, headers: dict[str, str], seconds_left: float
-    ) -> bytes:
-        """Send once, reading the whole answer."""
-        limits = aiohttp.ClientTimeout(total=max(seconds_left, 0.001), sock_connect=10.0)
-        try:
-            async with self._pool().request(
-                method, url, data=data, headers=headers, timeout=limits
-            ) as response:
-                body = await response.read()
-        except (
-            aiohttp.ConnectionTimeoutError,
-            aiohttp.ClientConnectionError,
-            aiohttp.ClientPayloadError,
-        ) as error:
-            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise self._too_late(url) from error
-            reason = str(error) or type(error).__name__
-            raise EngineUnreachableError(f"the {self.role} at {url} cannot be reached: {reason}") from error
-        except TimeoutError as error:
-            raise self._too_late(url) from error
-        if response.status != 200:
-            raise HttpError(url, response.status, body.decode("utf-8", "replace"), self._remedy)
-        return body
-
-    def _too_late(self, url: str) -> EngineTimeoutError:
-        return EngineTimeoutError(
-            f"the {self.role} at {url} gave no answer within {self._timeout:.0f} s. {self._remedy}"
-        )
-
-    def _parse(self, url: str, body: bytes) -> Any:
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            excerpt = body[:200].decode("utf-8", "replace")
-            raise AnswerError(
-                f"the {self.role} at {url} answered 200 with no JSON: {excerpt!r}. {self._remedy}"
-            ) from error

@@ -21,6 +21,7 @@ from slime.engines.errors import (
     LengthMismatchError,
     MissingScoreError,
     PictureMismatchError,
+    ScoreMismatchError,
     ShortScoresError,
     TokenMismatchError,
 )
@@ -71,7 +72,7 @@ def score_triples(
     values, ids = _columns(scored)
     _require_numbers(values)
     if ids != list(response_tokens):
-        check_receipt(scored, response_tokens, vocab_size)
+        _compare(ids, response_tokens, vocab_size)
         scored = [[value, token, None] for value, token in zip(values, response_tokens, strict=True)]
     return [[None, _column(placeholder, 1), None], *scored]
 
@@ -124,21 +125,30 @@ def check_receipt(triples: Sequence[Triple], tokens: Sequence[int], vocab_size: 
 
     Raises:
         TokenMismatchError: they differ; the first difference is named.
+        ShortScoresError: there are more of one than of the other.
     """
-    if len(triples) != len(tokens):
-        raise ShortScoresError(f"{len(triples)} positions were scored and {len(tokens)} tokens were sampled.")
-    pairs = zip(triples, tokens, strict=True)
-    wrong = [
-        place for place, (triple, token) in enumerate(pairs) if not same_id(token, triple[1], vocab_size)
-    ]
+    _compare(_columns(triples)[1], tokens, vocab_size)
+
+
+def _compare(ids: Sequence[Any], tokens: Sequence[int], vocab_size: int | None) -> None:
+    if len(ids) != len(tokens):
+        raise ShortScoresError(f"{len(ids)} positions were scored and {len(tokens)} tokens were sampled.")
+    if ids == tokens:
+        return
+    pairs = enumerate(zip(ids, tokens, strict=True))
+    wrong = [place for place, (reported, token) in pairs if not same_id(token, reported, vocab_size)]
     if wrong:
         first = wrong[0]
         raise TokenMismatchError(
             f"the ids that were scored are not the sampled ids: {len(wrong)} of {len(tokens)} response "
-            f"positions differ, the first at {first} (sampled {tokens[first]}, scored {triples[first][1]}). "
+            f"positions differ, the first at {first} (sampled {tokens[first]}, scored {ids[first]}). "
             "The server re-tokenised, shifted or mixed up the input; its version must keep `input_ids` "
             "verbatim beside `image_data`."
         )
+
+
+ROUNDING = 1e-3
+"""Between two numbers that the server made from the same logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +159,30 @@ class TopScores:
     """[R, K]."""
     log_probs: npt.NDArray[np.float32]
     """[R, K]."""
+    tail_mass: npt.NDArray[np.float32]
+    """[R], the probability of all other tokens."""
+
+    @classmethod
+    def empty(cls, top_k: int) -> TopScores:
+        """Return those of an empty response."""
+        return cls(np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32), np.empty(0, np.float32))
 
 
-def top_scores(answer: Any, response_length: int, top_k: int) -> TopScores:
+def top_scores(answer: Any, triples: Sequence[Triple], top_k: int) -> TopScores:
     """Read the top-k of the last R positions, in the base64, the flat or the long form.
+
+    Args:
+        answer: what `/generate` answered.
+        triples: what `score_triples` made of it, R + 1; the rows are held against the sampled tokens.
+        top_k: K, as it was asked for.
 
     Raises:
         AnswerError: there are none, or they cannot be read.
         ShortScoresError: there are fewer than R rows.
+        ScoreMismatchError: the rows do not belong to the sampled tokens' positions.
     """
     meta = meta_info(answer)
+    response_length = len(triples) - 1
     form = "input_top_logprobs"
     if f"{form}_shape" in meta:
         values, ids = _flat_rows(meta, form, "val", np.float32), _flat_rows(meta, form, "idx", np.int32)
@@ -169,17 +193,43 @@ def top_scores(answer: Any, response_length: int, top_k: int) -> TopScores:
             f"the teacher's top-{top_k} was asked for and the answer has no `{form}`; the server is too old "
             "for top_logprobs_num, or something between drops it. Leave --opd-top-k away or update it."
         )
-    if response_length == 0:
-        return TopScores(np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32))
     if len(values) < response_length or values.shape != ids.shape or values.shape[1] != top_k:
         raise ShortScoresError(
             f"the teacher's top-{top_k} has the shapes {values.shape} and {ids.shape} for {response_length} "
             f"response tokens; [{response_length}, {top_k}] is needed."
         )
     rows = slice(len(values) - response_length, None)
-    if not np.isfinite(values[rows]).all():
+    values, ids = values[rows], ids[rows]
+    if not np.isfinite(values).all():
         raise MissingScoreError("the teacher's top-k holds numbers that are not finite.")
-    return TopScores(ids[rows], values[rows])
+    _require_same_positions(values, triples)
+    return TopScores(ids, values, _tail_mass(values))
+
+
+def _require_same_positions(values: npt.NDArray[Any], triples: Sequence[Triple]) -> None:
+    """Hold the rows against the sampled tokens: none is likelier than its row's first, and one that is
+    likelier than its row's last is in the row."""
+    sampled = np.asarray([triple[0] for triple in triples[1:]])
+    inside = sampled > values[:, -1] + ROUNDING
+    listed = (np.abs(values - sampled[:, None]) <= ROUNDING).any(axis=1)
+    wrong = np.flatnonzero((sampled > values[:, 0] + ROUNDING) | (inside & ~listed))
+    if wrong.size:
+        raise ScoreMismatchError(
+            f"the teacher's top-k does not belong to the sampled tokens: at {wrong.size} of {len(sampled)} "
+            f"positions, the first {int(wrong[0])}, the sampled token's log-prob {sampled[wrong[0]]:.4f} is "
+            f"not in the row from {values[wrong[0], 0]:.4f} to {values[wrong[0], -1]:.4f} that it must be in."
+        )
+
+
+def _tail_mass(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return one less the rows' mass. Rounding alone may bring that below 0."""
+    tail = 1.0 - np.exp(values.astype(np.float64)).sum(axis=1)
+    if (tail < -ROUNDING).any():
+        raise AnswerError(
+            f"the teacher's top-k probabilities of a position sum to {1 - tail.min():.4f}; at most 1 is "
+            "possible, so these are no log-probs."
+        )
+    return tail.clip(min=0.0).astype(np.float32)
 
 
 def _flat_rows(meta: Mapping[str, Any], form: str, part: str, dtype: type[np.generic]) -> npt.NDArray[Any]:

@@ -126,14 +126,15 @@ class RolloutManager:
         sets = await asyncio.to_thread(self._eval_samples)
         if who == "student":
             return await self._answer(sets, self._engines)
-        if not self._args.rm_urls:
+        if not self._args.teacher_urls:
             raise ValueError("the teacher's accuracy is asked for and no --rm-url names its server.")
         async with EngineClient(
-            self._args.rm_urls,
+            self._args.teacher_urls,
             role="teacher",
             remedy=TEACHER_REMEDY,
             concurrency=self._args.teacher_concurrency,
             timeout=self._args.request_timeout,
+            patience=self._args.teacher_patience,
         ) as teacher:
             return await self._answer(sets, teacher)
 

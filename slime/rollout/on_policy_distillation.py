@@ -18,10 +18,17 @@ import torch
 
 from slime.engines.api import collapse_image_pads, score_payload
 from slime.engines.client import EngineClient
-from slime.engines.errors import AnswerError, EngineAbortedError, ScoreMismatchError
+from slime.engines.errors import (
+    AnswerError,
+    EngineAbortedError,
+    MissingScoreError,
+    PictureMismatchError,
+    ScoreMismatchError,
+    ShortScoresError,
+)
 from slime.engines.model_facts import ModelFacts, model_facts
 from slime.engines.pictures import data_uris
-from slime.engines.scores import score_triples
+from slime.engines.scores import TopScores, score_triples, top_scores
 from slime.utils.types import Sample
 
 REMEDY = "Is the teacher running? See its log (teacher*.log in its output folder) and check --rm-url."
@@ -37,14 +44,45 @@ class TeacherArgs(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherSettings:
-    """How the teacher is asked."""
+class Teacher:
+    """One teacher: the servers of one model."""
 
+    name: str | None
+    """What a sample's metadata calls it; None where there is one teacher alone."""
     urls: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSettings:
+    """Who scores, and how it is asked."""
+
+    teachers: tuple[Teacher, ...]
+    key: str
+    """Entry of a sample's metadata that names its teacher, where they have names."""
     concurrency: int
     timeout: float
+    patience: float
+    top_k: int
     facts: ModelFacts | None
     """Of the student's checkpoint, whose vocabulary the teacher shares; None where `args` names none."""
+
+    def teacher_of(self, sample: Sample) -> Teacher:
+        """Return the sample's own teacher.
+
+        Raises:
+            ValueError: its metadata names none that there is.
+        """
+        if self.teachers[0].name is None:
+            return self.teachers[0]
+        name = sample.metadata.get(self.key)
+        for teacher in self.teachers:
+            if teacher.name == name:
+                return teacher
+        raise ValueError(
+            f"sample {sample.index} has {self.key} = {name!r} in its metadata, and --opd-teachers names "
+            f"{', '.join(str(teacher.name) for teacher in self.teachers)}. Name a teacher for it, or choose "
+            "the entry that names one by --opd-teacher-key."
+        )
 
 
 def teacher_settings(args: TeacherArgs) -> TeacherSettings:
@@ -53,38 +91,41 @@ def teacher_settings(args: TeacherArgs) -> TeacherSettings:
     def flag(name: str, absent: Any) -> Any:
         return getattr(args, name) if hasattr(args, name) else absent
 
+    named: dict[str, tuple[str, ...]] = flag("named_teachers", {})
     urls = tuple(flag("rm_urls", ())) or ((args.rm_url,) if args.rm_url else ())
-    if not urls:
+    if not urls and not named:
         raise ValueError(
             "no --rm-url is given; name the teacher's server, as http://127.0.0.1:13141/generate."
         )
     checkpoint = flag("hf_checkpoint", None)
     return TeacherSettings(
-        urls=urls,
+        teachers=tuple(Teacher(name, own) for name, own in named.items()) or (Teacher(None, urls),),
+        key=flag("opd_teacher_key", ""),
         concurrency=flag("teacher_concurrency", 256),
         timeout=flag("teacher_timeout", 120.0),
+        patience=flag("teacher_patience", 60.0),
+        top_k=flag("opd_top_k", 0),
         facts=model_facts(checkpoint) if checkpoint else None,
     )
 
 
-_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[TeacherSettings, EngineClient]] = (
-    WeakKeyDictionary()
-)
-"""A plugin is a bare function: its connection pool lives as long as the event loop that it is called in."""
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Teacher, EngineClient]] = WeakKeyDictionary()
+"""A plugin is a bare function: its connection pools live as long as the event loop that it is called in."""
 
 
-def teacher_client(settings: TeacherSettings) -> EngineClient:
-    """Return the running loop's client for these settings."""
+def teacher_client(settings: TeacherSettings, teacher: Teacher) -> EngineClient:
+    """Return the running loop's client of this teacher."""
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
-    if settings not in clients:
-        clients[settings] = EngineClient(
-            settings.urls,
-            role="teacher",
+    if teacher not in clients:
+        clients[teacher] = EngineClient(
+            teacher.urls,
+            role="teacher" if teacher.name is None else f"teacher {teacher.name}",
             remedy=REMEDY,
             concurrency=settings.concurrency,
             timeout=settings.timeout,
+            patience=settings.patience,
         )
-    return clients[settings]
+    return clients[teacher]
 
 
 async def close_teacher_clients() -> None:
@@ -101,13 +142,13 @@ async def reward_func(args: TeacherArgs, sample: Sample, **kwargs: Any) -> dict[
 def post_process_rewards(
     args: TeacherArgs, samples: list[Sample], **kwargs: Any
 ) -> tuple[list[float], list[float]]:
-    """Attach the teacher's log-probs to each sample; return (raw rewards, rewards), all zero.
+    """Attach the teacher's scores to each sample; return (raw rewards, rewards), all zero.
 
     Pure distillation has no reward: the signal is the reverse KL that the trainer subtracts from the
     advantages.
     """
     for sample in samples:
-        sample.teacher_log_probs = teacher_log_probs(sample.get_reward_value(args), sample.response_length)
+        attach_scores(args, sample)
     return [0.0] * len(samples), [0.0] * len(samples)
 
 
@@ -115,37 +156,70 @@ async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
     """Return the teacher's scores of a response: the last R + 1 triples, the first a placeholder.
 
     The answer's form is the server's own, `{"meta_info": {"input_token_logprobs": [...]}}`, with only what is
-    read.
+    read. With `--opd-top-k` its `top_scores` holds the distributions (`TopScores`).
 
     Raises:
         EngineError: the teacher cannot be reached, refuses, or scored something else than the sampled tokens.
+        ValueError: there is no teacher for this sample.
     """
-    if sample.response_length == 0:
-        return {"meta_info": {"input_token_logprobs": [[None, sample.tokens[-1], None]]}}
     settings = teacher_settings(args)
+    if sample.response_length == 0:
+        return {"meta_info": _no_scores(sample, settings)}
+    teacher = settings.teacher_of(sample)
     request = _request(sample, settings.facts)
     images = await data_uris(_images(sample))
     if images and request.image_pads is not None and request.image_pads != len(images):
-        raise ScoreMismatchError(
+        raise PictureMismatchError(
             f"sample {sample.index} has {len(images)} pictures and its prompt {request.image_pads} image "
             "pads; the teacher would see other pictures than the student."
         )
-    payload = score_payload(request.tokens, request.prompt_length - 1, images)
-    answer = await teacher_client(settings).generate(payload, group=sample.group_index)
-    facts = settings.facts
+    payload = score_payload(request.tokens, request.prompt_length - 1, images, top_k=settings.top_k)
+    client = teacher_client(settings, teacher)
+    answer = await client.score(payload, group=sample.group_index)
     try:
-        triples = score_triples(
-            answer,
-            sample.tokens[len(sample.tokens) - sample.response_length :],
-            vocab_size=facts.vocab_size if facts else None,
-            prompt_tokens=request.prompt_length + sample.response_length if request.exact else None,
-            image_tokens=request.image_tokens if request.exact else None,
-        )
+        return {"meta_info": _scores(answer, sample, request, settings)}
     except (AnswerError, EngineAbortedError, ScoreMismatchError) as error:
-        raise type(error)(
-            f"sample {sample.index}, scored by the teacher at {settings.urls[0]}: {error}"
-        ) from error
-    return {"meta_info": {"input_token_logprobs": triples}}
+        url = client.endpoint_for(sample.group_index).generate_url
+        raise type(error)(f"sample {sample.index}, scored by the {client.role} at {url}: {error}") from error
+
+
+def _no_scores(sample: Sample, settings: TeacherSettings) -> dict[str, Any]:
+    """Return the scores of an empty response, for which nobody is asked."""
+    kept: dict[str, Any] = {"input_token_logprobs": [[None, sample.tokens[-1], None]]}
+    if settings.top_k > 0:
+        kept["top_scores"] = TopScores.empty(settings.top_k)
+    return kept
+
+
+def _scores(answer: Any, sample: Sample, request: _Request, settings: TeacherSettings) -> dict[str, Any]:
+    """Return what is kept of an answer, after the receipt of its tokens."""
+    triples = score_triples(
+        answer,
+        sample.tokens[len(sample.tokens) - sample.response_length :],
+        vocab_size=settings.facts.vocab_size if settings.facts else None,
+        prompt_tokens=request.prompt_length + sample.response_length if request.exact else None,
+        image_tokens=request.image_tokens if request.exact else None,
+    )
+    kept: dict[str, Any] = {"input_token_logprobs": triples}
+    if settings.top_k > 0:
+        kept["top_scores"] = top_scores(answer, triples, settings.top_k)
+    return kept
+
+
+def attach_scores(args: TeacherArgs, sample: Sample) -> None:
+    """Write what `score_response` (or a server) returned onto the sample: `teacher_log_probs`, and the top-k
+    where it was asked for.
+
+    Raises:
+        ScoreMismatchError: there are fewer than R scores, or one of them is null.
+    """
+    answer = sample.get_reward_value(args)
+    sample.teacher_log_probs = teacher_log_probs(answer, sample.response_length)
+    top: TopScores | None = answer["meta_info"].get("top_scores")
+    if top is not None:
+        sample.teacher_top_ids = torch.from_numpy(top.ids)
+        sample.teacher_top_log_probs = torch.from_numpy(top.log_probs)
+        sample.teacher_tail_mass = torch.from_numpy(top.tail_mass)
 
 
 def teacher_log_probs(answer: Any, response_length: int) -> torch.Tensor:
@@ -153,16 +227,17 @@ def teacher_log_probs(answer: Any, response_length: int) -> torch.Tensor:
     returned.
 
     Raises:
-        ScoreMismatchError: there are fewer than R scores, or one of them is null.
+        ShortScoresError: there are fewer than R scores.
+        MissingScoreError: one of them is null.
     """
     triples = answer["meta_info"]["input_token_logprobs"]
     if len(triples) < response_length:
-        raise ScoreMismatchError(
+        raise ShortScoresError(
             f"the teacher scored {len(triples)} positions; the response has {response_length} tokens."
         )
     values = [triple[0] for triple in triples[len(triples) - response_length :]]
     if None in values:
-        raise ScoreMismatchError(
+        raise MissingScoreError(
             f"the teacher's log-prob of response token {values.index(None)} of {response_length} is null; "
             "the server met NaN or -inf there, or the scores begin too late (logprob_start_len must be the "
             "prompt's length less one)."
@@ -192,7 +267,7 @@ def _request(sample: Sample, facts: ModelFacts | None) -> _Request:
         )
     pad = facts.image_token_id
     if pad in response:
-        raise ScoreMismatchError(
+        raise PictureMismatchError(
             f"sample {sample.index} sampled the image pad (id {pad}) at response position "
             f"{response.index(pad)}; no server can score that. Ban it in the rollout (logit_bias)."
         )

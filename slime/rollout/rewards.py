@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slime.engines.errors import ScoreMismatchError
+from slime.engines.errors import EngineError, ScoreMismatchError
 from slime.engines.model_facts import ModelFacts
 from slime.engines.scores import check_receipt
 from slime.rollout import on_policy_distillation
 from slime.rollout.concurrency import together
+from slime.rollout.failures import Failures
 from slime.rollout.rm_hub import Rule, rule_named
 from slime.utils.misc import load_function
 from slime.utils.types import TRAINED, Sample
@@ -37,7 +38,7 @@ class Rewards:
     def __init__(self, args: Args, facts: ModelFacts) -> None:
         self._args = args
         self._facts = facts
-        self._places = asyncio.Semaphore(args.teacher_concurrency)
+        self._places = asyncio.Semaphore(args.teacher_concurrency * max(1, len(args.teacher_urls)))
         self._needs_teacher = args.use_opd and args.opd_type == "sglang"
         self._rule: Rule = rule_named(args.rm_type or args.eval_rm_type)
         self._reward = self._reward_function()
@@ -56,11 +57,15 @@ class Rewards:
             )
         return on_policy_distillation.post_process_rewards if self._needs_teacher else plain_rewards
 
-    async def judge(self, sample: Sample) -> None:
-        """Grade the response by the task's rule and hand it to the plugin; one that failed is left alone."""
+    async def judge(self, sample: Sample, failures: Failures) -> None:
+        """Grade the response by the task's rule and hand it to the plugin; one that failed is left alone.
+
+        Raises:
+            EngineError: a score is misaligned, or too many are missing (see `Failures.record`).
+        """
         if sample.status not in TRAINED:
             return
-        await together([self._grade(sample), self._ask_plugin(sample)])
+        await together([self._grade(sample), self._ask_plugin(sample, failures)])
         if self._reward is None:
             sample.reward = sample.metadata["task_reward"]
 
@@ -68,11 +73,15 @@ class Rewards:
         if sample.label is not None or self._args.rm_type is not None:
             sample.metadata["task_reward"] = float(await self._rule(self._args, sample))
 
-    async def _ask_plugin(self, sample: Sample) -> None:
-        if self._reward is not None:
+    async def _ask_plugin(self, sample: Sample, failures: Failures) -> None:
+        if self._reward is None:
+            return
+        try:
             async with self._places:
                 sample.reward = await self._reward(self._args, sample)
             self._check_receipt(sample)
+        except (EngineError, ConnectionError, TimeoutError) as error:
+            failures.record(sample, error)
 
     async def finish(self, samples: list[Sample]) -> None:
         """Let the plugin post-process the rollout, check what it left, and reduce rewards to numbers.
@@ -133,7 +142,7 @@ class Rewards:
         try:
             check_receipt(triples[-sample.response_length :], sample.response_tokens, self._facts.vocab_size)
         except ScoreMismatchError as error:
-            raise ScoreMismatchError(f"sample {sample.index}: {error}") from error
+            raise type(error)(f"sample {sample.index}: {error}") from error
 
     def _log_probs(self, sample: Sample) -> torch.Tensor:
         """Return the sample's teacher log-probs, float32 [R], in memory of their own."""

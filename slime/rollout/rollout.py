@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slime.engines.api import sampling_params
 from slime.engines.model_facts import ModelFacts
 from slime.rollout.clock import Clock
+from slime.rollout.failures import Failures
 from slime.rollout.generate import GenerateFunction, Sampler, generate_all
 from slime.rollout.rewards import Rewards
 from slime.utils.types import TRAINED, Sample, SampleStatus
@@ -52,14 +53,16 @@ async def run_rollout(
     """Answer and judge the groups' samples.
 
     Raises:
-        EngineError: an engine or the teacher failed for good; the rollout is given up.
+        EngineError: an engine failed for good, a score is misaligned, or too many are missing; the rollout is
+            given up.
     """
     clock = Clock()
+    failures = Failures(args, sum(len(group) for group in groups))
 
     async def judge(sample: Sample) -> None:
         clock.response_ended()
         clock.score_started()
-        await rewards.judge(sample)
+        await rewards.judge(sample, failures)
         clock.score_ended()
 
     samples = await generate_all(
@@ -73,7 +76,10 @@ async def run_rollout(
         function=function,
     )
     await rewards.finish(samples)
-    return RolloutBatch(samples, rollout_metrics(samples, clock, sampler.facts))
+    metrics = rollout_metrics(samples, clock, sampler.facts)
+    if args.use_opd and args.opd_type == "sglang":
+        metrics |= teacher_metrics(args, samples, failures)
+    return RolloutBatch(samples, metrics)
 
 
 def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:
@@ -82,7 +88,7 @@ def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) 
     trained = [sample for sample in samples if sample.status in TRAINED]
     graded = [sample.metadata["task_reward"] for sample in trained if "task_reward" in sample.metadata]
     raw = [sample.metadata["raw_reward"] for sample in trained]
-    metrics = {
+    return {
         "reward": _mean(graded or raw),
         "raw_reward": _mean(raw),
         "response_length": _mean(lengths),
@@ -90,11 +96,41 @@ def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) 
         "truncated_share": _mean([sample.status == SampleStatus.TRUNCATED for sample in samples]),
         "rollout/failed_samples": float(len(samples) - len(trained)),
         "rollout/mixed_version_samples": float(sum(len(sample.weight_versions) > 1 for sample in samples)),
+    } | _times(samples, clock, facts)
+
+
+def teacher_metrics(args: Args, samples: Sequence[Sample], failures: Failures) -> dict[str, float]:
+    """Return how the scoring went, over all teachers and for each named one."""
+    metrics = {
+        "teacher/aligned_frac": _scored_share(samples),
+        "teacher/failed_samples": float(failures.failed),
+        "teacher/misaligned_samples": float(failures.misaligned),
     }
-    if any(sample.teacher_log_probs is not None for sample in trained):
-        # a misaligned score ends the rollout, so what is left to count are samples that were never scored
-        metrics["teacher/aligned_frac"] = len(trained) / len(samples)
-    return metrics | _times(samples, clock, facts)
+    for name in args.named_teachers:
+        own = [sample for sample in samples if sample.metadata.get(args.opd_teacher_key) == name]
+        metrics |= {
+            f"teacher/{name}/samples": float(len(own)),
+            f"teacher/{name}/aligned_frac": _scored_share(own),
+            f"teacher/{name}/reverse_kl": _engine_reverse_kl(own),
+        }
+    return metrics
+
+
+def _scored_share(samples: Sequence[Sample]) -> float:
+    return _mean([sample.status in TRAINED for sample in samples])
+
+
+def _engine_reverse_kl(samples: Sequence[Sample]) -> float:
+    """Return the mean of log pi_S - log pi_T over the scored tokens, pi_S being the engine's."""
+    gaps = [
+        student - teacher
+        for sample in samples
+        if sample.status in TRAINED and sample.teacher_log_probs is not None
+        for student, teacher in zip(
+            sample.rollout_log_probs or (), sample.teacher_log_probs.tolist(), strict=True
+        )
+    ]
+    return _mean(gaps)
 
 
 def _times(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from slime.engines.client import Endpoint, EngineClient
+from slime.engines.client import EngineClient
+from slime.engines.replicas import Endpoint
 from slime.utils.types import Sample
 
 

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from aiohttp import web
 from PIL import Image
 
@@ -46,6 +47,10 @@ class FakeEngine:
     """How many requests meet the fault."""
     delay: float = 0.0
     """Seconds that an answer takes."""
+    top_form: Literal["base64", "flat", "long"] = "base64"
+    """How the top-k is written."""
+    control_delay: float = 0.0
+    """Seconds that any other path takes."""
     version: str = "default"
     requests: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
     """(path, body, headers) in order of arrival."""
@@ -66,6 +71,7 @@ class FakeEngine:
         raw = await request.read()
         self.requests.append((request.path, json.loads(raw) if raw else None, dict(request.headers)))
         if request.path != "/generate":
+            await asyncio.sleep(self.control_delay)
             return self._control(request.path)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -89,6 +95,8 @@ class FakeEngine:
         if path == "/update_weights_from_disk":
             self.version = self.requests[-1][1]["weight_version"]
             return web.json_response({"success": True, "message": "ok"})
+        if path == "/ready" and self.fault is not None and self.fault_times > 0:
+            return web.Response(status=503)
         if path == "/flush_cache":
             return web.Response(text="Cache flushed.")
         if path == "/model_info":
@@ -108,18 +116,21 @@ class FakeEngine:
     async def _broken_transport(self, request: web.Request) -> web.StreamResponse | None:
         """Answer in place of the model where the fault lies below it."""
         if self._faulty("400"):
+            self._count_fault()
             return web.json_response(
                 {"error": {"message": "the input is longer than the context"}}, status=400
             )
         if self._faulty("500"):
+            self._count_fault()
             return web.Response(text="Internal Server Error", status=500)
-        for status in ("429", "503"):
+        for status in ("408", "429", "502", "503", "504"):
             if self._faulty(status):
                 self._count_fault()
                 return web.json_response({"object": "error", "message": "queue full"}, status=int(status))
         if self._faulty("html"):
             return web.Response(text="<html>a proxy's page</html>", content_type="text/html")
         if self._faulty("hang"):
+            self._count_fault()
             await asyncio.sleep(60)
         if self._faulty("reset") and request.transport is not None:
             self._count_fault()
@@ -150,7 +161,7 @@ class FakeEngine:
             text = self.texts[turn % len(self.texts)]
         stopped = bool(sampled) and sampled[-1] == EOS
         meta: dict[str, Any] = {
-            "id": "fake",
+            "id": self._answered_id(body),
             "finish_reason": {"type": "stop", "matched": EOS} if stopped else {"type": "length", "length": 0},
             "prompt_tokens": len(expanded),
             "completion_tokens": len(sampled),
@@ -172,11 +183,20 @@ class FakeEngine:
         if triples:
             triples[0][0] = None
         meta["input_token_logprobs"] = self._spoil(triples) if start >= 0 else []
+        if body.get("top_logprobs_num"):
+            meta |= self._top(triples, body["top_logprobs_num"])
         meta["output_token_logprobs"] = [
             [log_prob(token, len(expanded) + number, len(images)), self._reported(token), None]
             for number, token in enumerate(sampled)
         ]
         return {"text": text, "output_ids": sampled, "meta_info": meta}
+
+    def _answered_id(self, body: dict[str, Any]) -> str:
+        """Return the request's id, or that of the one before where answers are mixed up."""
+        ids = [seen.get("rid", "fake") for seen in self.bodies()] or [body.get("rid", "fake")]
+        if self._faulty("gateway"):
+            return "an id of the gateway's own"
+        return ids[-2] if self._faulty("another_request") and len(ids) > 1 else body.get("rid", "fake")
 
     def _expand(self, tokens: list[int], images: list[str]) -> list[int]:
         """Put each picture's tokens in the place of its pad; pads without a picture stay, as on the real
@@ -194,6 +214,30 @@ class FakeEngine:
         width, height = Image.open(io.BytesIO(base64.b64decode(data))).size
         return (width // MERGED_PATCH) * (height // MERGED_PATCH)
 
+    def _top(self, triples: list[list[Any]], top_k: int) -> dict[str, Any]:
+        """Return rows of `top_k`, the sampled token's first, in the form that `top_form` says."""
+        rows = [
+            [[lp - place, token if place == 0 else place, None] for place in range(top_k)]
+            for lp, token, _ in triples[1:]
+        ]
+        if self._faulty("shifted_top"):
+            rows = [rows[-1], *rows[:-1]]
+        if self.top_form == "long":
+            return {"input_top_logprobs": [None, *rows]}
+        values = np.asarray([[triple[0] for triple in row] for row in rows], "<f4").reshape(-1, top_k)
+        ids = np.asarray([[triple[1] for triple in row] for row in rows], "<i4").reshape(-1, top_k)
+        form = "input_top_logprobs"
+        shape = {f"{form}_shape": list(values.shape), f"{form}_null_prefix": 1}
+        if self.top_form == "flat":
+            return shape | {
+                f"{form}_val_flat": values.ravel().tolist(),
+                f"{form}_idx_flat": ids.ravel().tolist(),
+            }
+        return shape | {
+            f"{form}_val_flat_b64": base64.b64encode(values.tobytes()).decode(),
+            f"{form}_idx_flat_b64": base64.b64encode(ids.tobytes()).decode(),
+        }
+
     def _reported(self, token: int) -> int:
         """Return the id as SGLang reports it: pads and ids from the last one on as 0."""
         return 0 if token == self.image_token_id or token >= self.vocab_size - 1 else token
@@ -201,6 +245,7 @@ class FakeEngine:
     def _spoil(self, triples: list[list[Any]]) -> list[list[Any]]:
         """Plant a fault into the scores."""
         if self._faulty("shift"):
+            self._count_fault()
             ids = [0, *(token for _, token, _ in triples[:-1])]
             return [[lp, token, text] for (lp, _, text), token in zip(triples, ids, strict=True)]
         if self._faulty("retokenise"):

@@ -82,14 +82,15 @@ def write_prompts(folder: Path, count: int = 6, label: str = "4") -> Path:
 
 
 def rollout_args(
-    *flags: str, data: str = "prompts.jsonl", rm_url: str = "http://127.0.0.1:9/generate"
+    *flags: str, data: str = "prompts.jsonl", rm_url: str | None = "http://127.0.0.1:9/generate"
 ) -> Args:
     """Return the arguments of a small run with a teacher."""
     return parse_args(
         [
             *("--hf-checkpoint", CHECKPOINT, "--prompt-data", data, "--num-rollout", "2"),
             *("--rollout-batch-size", "3", "--n-samples-per-prompt", "2", "--rollout-max-response-len", "16"),
-            *("--apply-chat-template", "--use-opd", "--opd-type", "sglang", "--rm-url", rm_url),
+            *("--apply-chat-template", "--use-opd", "--opd-type", "sglang"),
+            *(() if rm_url is None else ("--rm-url", rm_url)),
             *flags,
         ]
     )

@@ -21,7 +21,7 @@ def engine() -> Iterator[FakeEngine]:
 
 
 async def run(engine: FakeEngine, sets: dict[str, list[Sample]], *flags: str) -> dict[str, float]:
-    async with EngineClient([engine.url], concurrency=4, retry_seconds=0.5) as client:
+    async with EngineClient([engine.url], concurrency=4, patience=0.5) as client:
         return await evaluate(rollout_args(*flags), sets, Sampler(client, facts()), (6,), generate)
 
 

@@ -18,10 +18,9 @@ from tests.fakes.rollouts import fake_engine
 
 REPOSITORY = Path(__file__).parents[3]
 COPIED = (
-    "slime/engines/api.py",
-    "slime/engines/client.py",
-    "slime/engines/model_facts.py",
-    "slime/engines/pictures.py",
+    *(f"slime/engines/{name}.py" for name in ("api", "scores", "errors", "client", "replicas", "retry")),
+    *(f"slime/engines/{name}.py" for name in ("transport", "model_facts", "pictures")),
+    "slime/utils/pictures.py",
     "slime/rollout/on_policy_distillation.py",
     "slime/utils/pictures.py",
     "examples/opd_vlm/opd_vlm_reward.py",

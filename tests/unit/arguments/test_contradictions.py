@@ -80,6 +80,22 @@ CONTRADICTIONS = {
     "a set without path": ((*DISTIL, "--eval-prompt-data", "name"), ("--eval-prompt-data",)),
     "a set twice": ((*DISTIL, "--eval-prompt-data", "a", "x", "a", "y"), ("--eval-prompt-data",)),
     "teacher evaluated on nothing": ((*DISTIL, "--eval-teacher"), ("--eval-teacher", "--eval-prompt-data")),
+    "two ways to name teachers": (
+        (*DISTIL, "--opd-teachers", "a=http://127.0.0.1:2/generate"),
+        ("--rm-url", "--opd-teachers"),
+    ),
+    "a teacher without a name": (
+        ("--use-opd", "--opd-type", "sglang", "--opd-teachers", "http://127.0.0.1:2/generate"),
+        ("--opd-teachers", "NAME=URL"),
+    ),
+    "several teachers evaluated": (
+        (
+            *("--use-opd", "--opd-type", "sglang", "--opd-teachers", "a=http://127.0.0.1:2/generate"),
+            *("--eval-teacher", "--eval-prompt-data", "a", "b"),
+        ),
+        ("--eval-teacher", "--opd-teachers"),
+    ),
+    "top-k of nobody": (("--rm-type", "math", "--opd-top-k", "8"), ("--opd-top-k", "--use-opd")),
     "teacher evaluated nowhere": (
         ("--rm-type", "math", "--eval-teacher", "--eval-prompt-data", "a", "b"),
         ("--eval-teacher", "--rm-url"),
@@ -149,8 +165,6 @@ PENDING_FLAGS = {
     ),
     "Megatron's own flags": ("--tensor-model-parallel-size", "2"),
     "--colocate": ("--colocate",),
-    "--rm-url given several times": ("--rm-url", "http://127.0.0.1:2/generate"),
-    "--rollout-temperature other than 1": ("--rollout-temperature", "0.8"),
     "--rollout-top-p below 1": ("--rollout-top-p", "0.9"),
     "--rollout-top-k": ("--rollout-top-k", "20"),
 }

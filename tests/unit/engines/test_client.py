@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from slime.engines.api import score_payload
-from slime.engines.client import Endpoint, EngineClient
+from slime.engines.client import EngineClient
 from slime.engines.errors import (
     AnswerError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    WrongAnswerError,
 )
+from slime.engines.replicas import Endpoint
 from tests.fakes.engine_server import FakeEngine, serve
 
 
@@ -25,7 +27,7 @@ def engine() -> Iterator[FakeEngine]:
 
 
 def client(*urls: str, **options: Any) -> EngineClient:
-    options.setdefault("retry_seconds", 1.0)
+    options.setdefault("patience", 1.0)
     return EngineClient(urls, role="teacher", remedy="See teacher.log.", **options)
 
 
@@ -36,7 +38,8 @@ async def test_answers_are_parsed(engine: FakeEngine) -> None:
     async with client(engine.url + "/generate") as teacher:
         answer = await teacher.generate(PAYLOAD)
     assert answer["meta_info"]["prompt_tokens"] == 3
-    assert engine.bodies() == [PAYLOAD]
+    (body,) = engine.bodies()
+    assert body == PAYLOAD | {"rid": body["rid"]}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_what_is_no_url_is_refused(url: str) -> None:
         Endpoint.parse(url)
 
 
-@pytest.mark.parametrize("fault", ["400", "500"])
+@pytest.mark.parametrize("fault", ["400"])
 async def test_a_final_status_is_raised_at_once_with_url_status_and_body(
     engine: FakeEngine, fault: str
 ) -> None:
@@ -72,12 +75,20 @@ async def test_a_final_status_is_raised_at_once_with_url_status_and_body(
     assert len(engine.bodies()) == 1
 
 
-@pytest.mark.parametrize("fault", ["429", "503", "reset"])
+@pytest.mark.parametrize("fault", ["408", "429", "500", "502", "503", "504", "reset"])
 async def test_passing_faults_are_tried_again(engine: FakeEngine, fault: str) -> None:
     engine.fault, engine.fault_times = fault, 2
-    async with client(engine.url, retry_seconds=10.0) as teacher:
+    async with client(engine.url, patience=10.0) as teacher:
         answer = await teacher.generate(PAYLOAD)
     assert answer["meta_info"]["prompt_tokens"] == 3
+    assert len(engine.bodies()) == 3
+
+
+async def test_an_internal_error_is_tried_three_times(engine: FakeEngine) -> None:
+    engine.fault = "500"
+    async with client(engine.url, patience=60.0) as teacher:
+        with pytest.raises(HttpError, match=r"HTTP 500.*3 tries"):
+            await teacher.generate(PAYLOAD)
     assert len(engine.bodies()) == 3
 
 
@@ -100,9 +111,98 @@ async def test_a_dead_server_is_named_with_what_to_look_at() -> None:
 
 async def test_a_hanging_server_meets_the_deadline(engine: FakeEngine) -> None:
     engine.fault = "hang"
-    async with client(engine.url, timeout=0.3) as teacher:
+    async with client(engine.url, timeout=0.3, patience=0.0) as teacher:
         with pytest.raises(EngineTimeoutError, match="no answer within"):
             await teacher.generate(PAYLOAD)
+
+
+async def test_a_request_without_an_answer_is_sent_again_under_another_id(engine: FakeEngine) -> None:
+    engine.fault, engine.fault_times = "hang", 1
+    async with client(engine.url, timeout=0.5, patience=10.0) as teacher:
+        answer = await teacher.generate(PAYLOAD)
+    assert answer["meta_info"]["prompt_tokens"] == 3
+    first, second = engine.bodies()
+    assert first["rid"] != second["rid"]
+
+
+async def test_a_control_verb_without_an_answer_is_not_repeated(engine: FakeEngine) -> None:
+    engine.control_delay = 5.0
+    async with client(engine.url, timeout=0.3, patience=10.0) as student:
+        with pytest.raises(EngineTimeoutError):
+            await student.update_weights_from_disk("/weights/3", "3")
+    assert len(engine.requests) == 1
+
+
+async def test_an_answer_to_another_request_is_refused(engine: FakeEngine) -> None:
+    engine.fault = "another_request"
+    async with client(engine.url) as teacher:
+        await teacher.generate(PAYLOAD)
+        with pytest.raises(WrongAnswerError, match="mixes up answers"):
+            await teacher.generate(PAYLOAD)
+
+
+async def test_a_gateway_may_name_requests_itself(engine: FakeEngine) -> None:
+    engine.fault = "gateway"
+    async with client(engine.url) as teacher:
+        assert (await teacher.generate(PAYLOAD))["meta_info"]["id"] == "an id of the gateway's own"
+
+
+async def test_the_first_of_a_group_goes_alone_and_the_others_together(engine: FakeEngine) -> None:
+    engine.delay = 0.05
+    async with client(engine.url) as teacher:
+        await asyncio.gather(*(teacher.score(PAYLOAD, group="g") for _ in range(5)))
+    (first_start, first_end), *rest = sorted(engine.generate_times)
+    assert first_start < first_end
+    assert all(start >= first_end for start, _ in rest)
+    assert min(end for _, end in rest) > max(start for start, _ in rest)
+    assert engine.most_in_flight == 4
+
+
+async def test_the_second_warms_a_group_whose_first_failed(engine: FakeEngine) -> None:
+    engine.fault, engine.fault_times, engine.delay = "400", 1, 0.05
+    async with client(engine.url) as teacher:
+        jobs = [teacher.score(PAYLOAD, group="g") for _ in range(4)]
+        outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+    assert [isinstance(outcome, HttpError) for outcome in outcomes] == [True, False, False, False]
+    assert engine.most_in_flight == 2
+
+
+async def test_requests_without_a_group_wait_for_nobody(engine: FakeEngine) -> None:
+    engine.delay = 0.05
+    async with client(engine.url) as teacher:
+        await asyncio.gather(*(teacher.score(PAYLOAD) for _ in range(4)))
+    assert engine.most_in_flight == 4
+
+
+@pytest.mark.parametrize("fault", ["reset", "503", "hang"])
+async def test_a_replica_that_fails_is_left_out_until_it_is_ready(fault: str) -> None:
+    fakes = [FakeEngine(image_token_id=90, vocab_size=100) for _ in range(2)]
+    with serve(fakes[0]), serve(fakes[1]):
+        async with client(fakes[0].url, fakes[1].url, timeout=0.5, patience=20.0) as teacher:
+            for group in range(4):
+                await teacher.score(PAYLOAD, group=group)
+            assert [len(fake.bodies()) for fake in fakes] == [2, 2]
+            fakes[0].fault = fault
+            for group in range(6):
+                await teacher.score(PAYLOAD, group=group)
+            assert len(fakes[0].bodies()) == 3, "one failure is enough to stay away"
+            assert len(fakes[1].bodies()) == 2 + 6
+            fakes[0].fault = None
+            for _ in range(200):
+                if teacher.all_up:
+                    break
+                await asyncio.sleep(0.05)
+            for group in range(6, 10):
+                await teacher.score(PAYLOAD, group=group)
+    assert len(fakes[0].bodies()) > 3
+
+
+async def test_with_all_replicas_down_somebody_is_tried_until_one_is_back() -> None:
+    fakes = [FakeEngine(image_token_id=90, vocab_size=100, fault="503", fault_times=3) for _ in range(2)]
+    with serve(fakes[0]), serve(fakes[1]):
+        async with client(fakes[0].url, fakes[1].url, patience=30.0) as teacher:
+            answers = await asyncio.gather(*(teacher.score(PAYLOAD, group=group) for group in range(4)))
+    assert len(answers) == 4
 
 
 @pytest.mark.parametrize("fault", ["html", "truncated_json"])

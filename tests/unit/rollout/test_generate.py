@@ -31,7 +31,7 @@ async def nothing(sample: Sample) -> None:
 
 async def run(urls: list[str], samples: list[Sample], *flags: str, **options: Any) -> list[Sample]:
     args = rollout_args(*flags)
-    async with EngineClient(urls, concurrency=args.rollout_concurrency, retry_seconds=0.5) as client:
+    async with EngineClient(urls, concurrency=args.rollout_concurrency, patience=0.5) as client:
         sampler = Sampler(client, facts())
         options = {"label": "test", "seed_label": "rollout-0", "after": nothing} | options
         return await generate_all(args, samples, PARAMS, sampler, **options)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from slime.engines import client as client_module
-from slime.engines.errors import EngineUnreachableError, ScoreMismatchError
+from slime.engines.errors import ScoreMismatchError
+from slime.rollout.failures import TooManyFailedError
 from slime.rollout.manager import RolloutManager
 from tests.fakes.engine_server import FakeEngine, log_prob, serve
 from tests.fakes.rollouts import facts, fake_engine, rollout_args, write_prompts
@@ -147,20 +148,15 @@ def test_pictures_and_position_can_be_asked_for(manager: RolloutManager) -> None
     assert [sample.tokens for sample in manager.generate(1).samples] == ahead
 
 
-def test_a_teacher_that_dies_ends_the_rollout(
-    tmp_path: Path, student: FakeEngine, teacher: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_that_dies_ends_the_rollout(tmp_path: Path, student: FakeEngine) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         dead = fake_engine()
         dead.url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    defaults = client_module.EngineClient.__init__.__kwdefaults__
-    assert defaults is not None
-    assert defaults["patience"] <= 30, "a dead teacher must be an error within 60 seconds"
-    monkeypatch.setitem(defaults, "patience", 0.5)
-    manager = make(tmp_path, student, dead)
-    with pytest.raises(EngineUnreachableError, match=dead.url) as caught:
+    manager = make(tmp_path, student, dead, "--teacher-patience", "0.5")
+    with pytest.raises(TooManyFailedError, match=dead.url) as caught:
         manager.generate(0)
+    assert "1 EngineUnreachableError" in str(caught.value)
     assert "Is the teacher running?" in str(caught.value)
     manager.close()
 
@@ -171,6 +167,83 @@ def test_a_score_of_other_tokens_ends_the_rollout(manager: RolloutManager, teach
         manager.generate(0)
     teacher.fault = None
     assert len(manager.generate(1).samples) == 6
+
+
+def test_a_rollout_goes_on_without_the_samples_that_stay_within_the_budget(
+    tmp_path: Path, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    teacher.fault, teacher.fault_times = "400", 2
+    manager = make(tmp_path, student, teacher, "--opd-max-failed-frac", "0.4")
+    batch = manager.generate(0)
+    manager.close()
+    failed = [sample for sample in batch.samples if sample.status == "failed"]
+    assert len(failed) == 2
+    for sample in failed:
+        assert "HTTP 400" in sample.metadata["error"]
+        assert sample.loss_mask == [0] * sample.response_length
+    assert batch.metrics["teacher/failed_samples"] == 2
+    assert batch.metrics["teacher/misaligned_samples"] == 0
+    assert batch.metrics["teacher/aligned_frac"] == pytest.approx(4 / 6)
+
+
+def test_a_rollout_beyond_the_budget_ends_with_a_summary(
+    tmp_path: Path, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    teacher.fault, teacher.fault_times = "400", 3
+    manager = make(tmp_path, student, teacher, "--opd-max-failed-frac", "0.4")
+    with pytest.raises(TooManyFailedError, match=r"3 of the rollout's 6 samples.*3 HttpError.*longer than"):
+        manager.generate(0)
+    manager.close()
+
+
+def test_misaligned_scores_are_masked_where_that_is_asked_for(
+    tmp_path: Path, student: FakeEngine, teacher: FakeEngine
+) -> None:
+    teacher.fault, teacher.fault_times = "shift", 1
+    manager = make(tmp_path, student, teacher, "--opd-misaligned", "mask", "--opd-max-failed-frac", "0.5")
+    batch = manager.generate(0)
+    manager.close()
+    assert batch.metrics["teacher/misaligned_samples"] == batch.metrics["teacher/failed_samples"] == 1
+    (sample,) = [sample for sample in batch.samples if sample.status == "failed"]
+    assert sample.metadata["error"].startswith("TokenMismatchError")
+
+
+def test_two_servers_share_the_work_and_one_is_enough(tmp_path: Path, student: FakeEngine) -> None:
+    with serve(fake_engine()) as one, serve(fake_engine()) as other:
+        manager = make(tmp_path, student, one, "--rm-url", other.url + "/generate")
+        manager.generate(0)
+        assert one.bodies()
+        assert other.bodies()
+        one.fault = "reset"
+        batch = manager.generate(1)
+        manager.close()
+    assert batch.metrics["teacher/aligned_frac"] == 1.0
+
+
+def test_each_sample_has_its_own_teacher(tmp_path: Path, student: FakeEngine) -> None:
+    rows = [json.loads(line) for line in write_prompts(tmp_path).read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["metadata"] = {"subject": ("algebra", "geometry")[number % 2]}
+    data = tmp_path / "routed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(fake_engine()) as algebra, serve(fake_engine()) as geometry:
+        teachers = (f"algebra={algebra.url}/generate", f"geometry={geometry.url}/generate")
+        flags = ("--opd-teachers", *teachers, "--opd-teacher-key", "subject")
+        manager = RolloutManager(rollout_args(*flags, data=str(data), rm_url=None), [student.url])
+        batch = manager.generate(0)
+        manager.close()
+    assert [len(algebra.bodies()), len(geometry.bodies())] == [4, 2]
+    assert batch.metrics["teacher/algebra/samples"] == 4
+    assert batch.metrics["teacher/geometry/samples"] == 2
+    gaps = [
+        student_log_prob - teacher_log_prob
+        for sample in batch.samples
+        if sample.metadata["subject"] == "geometry" and sample.teacher_log_probs is not None
+        for student_log_prob, teacher_log_prob in zip(
+            sample.rollout_log_probs or [], sample.teacher_log_probs.tolist(), strict=True
+        )
+    ]
+    assert batch.metrics["teacher/geometry/reverse_kl"] == pytest.approx(sum(gaps) / len(gaps))
 
 
 def test_closing_twice_leaves_no_thread(manager: RolloutManager) -> None:

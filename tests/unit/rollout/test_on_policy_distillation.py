@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from slime.engines.errors import AnswerError, EngineAbortedError, HttpError, ScoreMismatchError
+from slime.engines.errors import (
+    AnswerError,
+    EngineAbortedError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    HttpError,
+    MissingScoreError,
+    PictureMismatchError,
+    ScoreMismatchError,
+    ShortScoresError,
+    TokenMismatchError,
+    WrongAnswerError,
+)
 from slime.rollout.on_policy_distillation import (
     close_teacher_clients,
     post_process_rewards,
@@ -113,39 +127,121 @@ async def test_an_empty_response_asks_nobody(teacher: FakeEngine) -> None:
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
-        ("shift", ScoreMismatchError),
-        ("retokenise", ScoreMismatchError),
-        ("drop_image", ScoreMismatchError),
-        ("clip", ScoreMismatchError),
-        ("short", ScoreMismatchError),
-        ("other", ScoreMismatchError),
-        ("null", AnswerError),
-        ("nan", AnswerError),
+        ("shift", TokenMismatchError),
+        ("retokenise", TokenMismatchError),
+        ("drop_image", PictureMismatchError),
+        ("clip", TokenMismatchError),
+        ("short", ShortScoresError),
+        ("other", TokenMismatchError),
+        ("null", MissingScoreError),
+        ("nan", MissingScoreError),
         ("html", AnswerError),
         ("truncated_json", AnswerError),
         ("abort", EngineAbortedError),
+        ("another_request", WrongAnswerError),
         ("400", HttpError),
+        ("429", HttpError),
         ("500", HttpError),
+        ("503", HttpError),
+        ("hang", EngineTimeoutError),
+        ("reset", EngineUnreachableError),
     ],
 )
 async def test_every_fault_is_a_named_error(teacher: FakeEngine, fault: str, error: type[Exception]) -> None:
+    args = args_for(teacher, "--teacher-patience", "0", "--teacher-timeout", "0.5")
+    await reward_func(args, answered_sample(index=16))
     teacher.fault = fault
     with pytest.raises(error) as caught:
-        await reward_func(args_for(teacher), answered_sample(index=17))
+        await reward_func(args, answered_sample(index=17))
+    assert type(caught.value) is error
     assert teacher.url in str(caught.value)
+
+
+async def test_a_thousand_good_answers_of_all_sizes_pass(teacher: FakeEngine) -> None:
+    rng = random.Random(0)
+    args, pad = args_for(teacher), facts().image_token_id
+    ids = [token for token in range(facts().vocab_size) if token != pad]
+    samples = []
+    for index in range(1000):
+        response = tuple(rng.choices(ids, k=rng.randrange(0, 60)))
+        pictures = rng.randrange(0, 3)
+        prompt = rng.choices(ids, k=rng.randrange(1, 30)) + [
+            token for _ in range(pictures) for token in (pad, 42)
+        ]
+        sample = answered_sample(index, response, tokens=[*prompt, *response], group_index=index // 8)
+        sample.multimodal_inputs = {"images": [picture()] * pictures} if pictures else None
+        sample.multimodal_train_inputs = {"image_grid_thw": [GRID] * pictures} if pictures else None
+        samples.append(sample)
+    answers = await asyncio.gather(*(reward_func(args, sample) for sample in samples))
+    for sample, answer in zip(samples, answers, strict=True):
+        sample.reward = answer
+    post_process_rewards(args, samples)
+    for sample in samples:
+        start = len(sample.tokens) - sample.response_length
+        pictures = len(sample.multimodal_inputs["images"]) if sample.multimodal_inputs else 0
+        before = start + pictures * (PICTURE_TOKENS - 1)
+        wanted = [
+            log_prob(token, before + place, pictures) for place, token in enumerate(sample.response_tokens)
+        ]
+        assert sample.teacher_log_probs is not None
+        torch.testing.assert_close(sample.teacher_log_probs, torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("form", ["base64", "flat", "long"])
+async def test_the_top_k_is_kept_compactly_with_its_tail(teacher: FakeEngine, form: Any) -> None:
+    teacher.top_form = form
+    args, sample = args_for(teacher, "--opd-top-k", "3"), answered_sample()
+    sample.reward = await reward_func(args, sample)
+    post_process_rewards(args, [sample])
+    assert teacher.bodies()[0]["top_logprobs_num"] == 3
+    ids, log_probs, tail = sample.teacher_top_ids, sample.teacher_top_log_probs, sample.teacher_tail_mass
+    assert ids is not None
+    assert log_probs is not None
+    assert tail is not None
+    assert (ids.dtype, log_probs.dtype, tail.dtype) == (torch.int32, torch.float32, torch.float32)
+    assert ids.tolist() == [[token, 1, 2] for token in (11, 12, 2)]
+    torch.testing.assert_close(log_probs, expected((11, 12, 2))[:, None] - torch.arange(3.0))
+    torch.testing.assert_close(tail, (1 - log_probs.exp().sum(1)).clamp(min=0))
+
+
+async def test_a_top_k_of_other_positions_is_refused(teacher: FakeEngine) -> None:
+    teacher.fault = "shifted_top"
+    with pytest.raises(ScoreMismatchError, match="top-k does not belong"):
+        await reward_func(args_for(teacher, "--opd-top-k", "3"), answered_sample())
+
+
+async def test_a_server_without_top_k_is_named(teacher: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "_top", lambda *_: {})
+    with pytest.raises(AnswerError, match="--opd-top-k"):
+        await reward_func(args_for(teacher, "--opd-top-k", "3"), answered_sample())
+
+
+async def test_an_empty_response_has_an_empty_top_k(teacher: FakeEngine) -> None:
+    args, sample = args_for(teacher, "--opd-top-k", "3"), answered_sample(response=())
+    sample.reward = await reward_func(args, sample)
+    post_process_rewards(args, [sample])
+    assert sample.teacher_top_ids is not None
+    assert sample.teacher_top_ids.shape == (0, 3)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"data_source": "algebra"}])
+async def test_a_sample_without_a_teacher_of_its_own_is_an_error(metadata: dict[str, str]) -> None:
+    args = rollout_args("--opd-teachers", "geometry=http://127.0.0.1:9/generate", rm_url=None)
+    with pytest.raises(ValueError, match="--opd-teachers names geometry"):
+        await reward_func(args, answered_sample(metadata=metadata))
 
 
 async def test_a_sampled_pad_is_refused_before_it_is_sent(teacher: FakeEngine) -> None:
     pad = facts().image_token_id
     assert pad is not None
-    with pytest.raises(ScoreMismatchError, match="sampled the image pad"):
+    with pytest.raises(PictureMismatchError, match="sampled the image pad"):
         await reward_func(args_for(teacher), answered_sample(response=(11, pad, 2)))
     assert teacher.requests == []
 
 
 async def test_pads_and_pictures_must_agree(teacher: FakeEngine) -> None:
     sample = answered_sample(multimodal_inputs={"images": [picture(), picture()]})
-    with pytest.raises(ScoreMismatchError, match="2 pictures and its prompt 1 image pad"):
+    with pytest.raises(PictureMismatchError, match="2 pictures and its prompt 1 image pad"):
         await reward_func(args_for(teacher), sample)
 
 
@@ -163,9 +259,9 @@ def test_too_few_scores_are_an_error() -> None:
     answer = {"meta_info": {"input_token_logprobs": [[None, 1, None], [-1.0, 2, None]]}}
     assert teacher_log_probs(answer, 1).tolist() == [-1.0]
     assert teacher_log_probs(answer, 0).shape == (0,)
-    with pytest.raises(ScoreMismatchError, match="null"):
+    with pytest.raises(MissingScoreError, match="null"):
         teacher_log_probs(answer, 2)
-    with pytest.raises(ScoreMismatchError, match="scored 2 positions"):
+    with pytest.raises(ShortScoresError, match="scored 2 positions"):
         teacher_log_probs(answer, 3)
 
 

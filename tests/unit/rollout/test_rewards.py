@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slime.engines.errors import ScoreMismatchError
+from slime.rollout.failures import Failures
 from slime.rollout.rewards import Rewards
 from slime.utils.types import Sample, SampleStatus
 from tests.fakes.rollouts import answered_sample, facts, rollout_args, teacher_tensor
@@ -36,8 +37,9 @@ def rewards(monkeypatch: pytest.MonkeyPatch, *flags: str, reward: Any = score, p
 
 
 async def judged(judges: Rewards, *samples: Sample) -> list[Sample]:
+    failures = Failures(rollout_args(), len(samples))
     for sample in samples:
-        await judges.judge(sample)
+        await judges.judge(sample, failures)
     await judges.finish(list(samples))
     return list(samples)
 

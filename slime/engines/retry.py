@@ -1,0 +1,63 @@
+"""When a failed request is worth another try, how long to wait for it, and when to give up. Pure but for the
+clock."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from slime.engines.errors import EngineError, EngineTimeoutError, EngineUnreachableError, HttpError
+
+PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
+"""Overloaded, starting up, or behind a proxy that lost it: tried for as long as patience lasts."""
+DOUBTFUL_STATUSES = frozenset({500})
+"""May pass, or be this request's own fault (a picture that the server cannot read): tried `DOUBTFUL_TRIES`
+times. A 400 is never tried again, the request itself is wrong."""
+DOUBTFUL_TRIES = 3
+LONGEST_PAUSE = 4.0
+
+
+class Retry:
+    """The tries of one request."""
+
+    def __init__(self, patience: float, *, repeatable: bool) -> None:
+        """Prepare.
+
+        Args:
+            patience: seconds, from the first failure on, in which another try may begin.
+            repeatable: whether it may be sent again though the server may have acted on it (no answer in
+                time, an internal error).
+        """
+        self._patience = patience
+        self._repeatable = repeatable
+        self._first_failure: float | None = None
+        self.tries = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first failure."""
+        return 0.0 if self._first_failure is None else time.monotonic() - self._first_failure
+
+    def pause(self, error: EngineError, *, elsewhere: bool) -> float | None:
+        """Count a failure; return the seconds to wait before the next try, None to give up.
+
+        Exponential with full jitter, so that the samples of a rollout do not come back in one wave. With
+        another server to go to (`elsewhere`) there is nothing to wait for the first time.
+        """
+        self.tries += 1
+        if self._first_failure is None:
+            self._first_failure = time.monotonic()
+        if not self._worth_another(error):
+            return None
+        if elsewhere and self.tries == 1:
+            return 0.0
+        pause = random.uniform(0.1, min(LONGEST_PAUSE, 0.25 * 2**self.tries))
+        return pause if self.seconds + pause <= self._patience else None
+
+    def _worth_another(self, error: EngineError) -> bool:
+        if isinstance(error, HttpError):
+            doubtful = error.status in DOUBTFUL_STATUSES and self.tries < DOUBTFUL_TRIES
+            return (doubtful and self._repeatable) or error.status in PASSING_STATUSES
+        if isinstance(error, EngineTimeoutError):
+            return self._repeatable
+        return isinstance(error, EngineUnreachableError)
