@@ -14,11 +14,11 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from slime.engines.client import Endpoint
 from slime.engines.doctor.examination import NAMES, examine
 from slime.engines.doctor.material import Material
 from slime.engines.doctor.outcome import Outcome, exit_code, record
 from slime.engines.doctor.state import Options
+from slime.engines.replicas import Endpoint
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+NUMERICS_REMEDY = "the teacher's weights or numerics are broken: try another --dtype or attention backend"
+
 Status = Literal["pass", "warn", "FAULT", "skip"]
 
 

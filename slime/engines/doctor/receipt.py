@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.engines.api import JsonDict, same_id, score_payload
-from slime.engines.doctor.outcome import Fault
+from slime.engines.doctor.outcome import NUMERICS_REMEDY, Fault
 
 VERBATIM = "use a server that keeps input_ids verbatim beside image_data (SGLang 0.5.14 or newer, no proxy)"
 
@@ -72,9 +72,9 @@ def read_scores(answer: JsonDict, probe: Probe, start: int | None = None) -> Sco
     reason = meta.get("finish_reason")
     if isinstance(reason, dict) and reason.get("type") == "abort":
         raise Fault("aborted", f"the server aborted the request: {reason.get('message')}", "see its log")
-    _check_picture(meta, probe)
-    _check_length(meta, probe)
     start = probe.prompt_length - 1 if start is None else start
+    _check_picture(meta, probe)
+    _check_length(meta, probe, start)
     triples = _check_entries(meta.get("input_token_logprobs"), probe.length - start)
     tail = triples[len(triples) - len(probe.response) :]
     _check_ids([triple[1] for triple in tail], probe.response, probe.vocab_size)
@@ -118,16 +118,15 @@ def _check_picture(meta: JsonDict, probe: Probe) -> None:
         )
 
 
-def _check_length(meta: JsonDict, probe: Probe) -> None:
+def _check_length(meta: JsonDict, probe: Probe, start: int) -> None:
     counted = meta.get("prompt_tokens")
     if counted == probe.length:
         return
-    if isinstance(counted, int) and counted < probe.length:
+    if isinstance(counted, int) and counted < probe.length and _is_cut(meta, probe, start):
         raise Fault(
             "truncated",
-            f"{probe.length} tokens were sent and the server counts {counted}: it cuts or "
-            "re-tokenises the input",
-            "start the teacher without --allow-auto-truncate and with a larger --context-length; " + VERBATIM,
+            f"{probe.length} tokens were sent and the server counts {counted}: it cuts the input short",
+            "start the teacher without --allow-auto-truncate and with a larger --context-length",
         )
     raise Fault(
         "retokenised",
@@ -136,12 +135,28 @@ def _check_length(meta: JsonDict, probe: Probe) -> None:
     )
 
 
+def _is_cut(meta: JsonDict, probe: Probe, start: int) -> bool:
+    """Tell whether the scored ids are the beginning of those that were asked for."""
+    triples = meta.get("input_token_logprobs")
+    if not isinstance(triples, list):
+        return True
+    ids = [triple[1] for triple in triples if isinstance(triple, list) and len(triple) >= 2]
+    asked = [*probe.prompt, *probe.response][start - probe.length :]
+    return all(same_id(sent, id_, probe.vocab_size) for id_, sent in zip(ids, asked, strict=False))
+
+
 def _check_entries(triples: Any, expected: int) -> list[list[Any]]:
     if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) >= 2 for t in triples):
         raise Fault(
             "unreadable-answer",
             f"input_token_logprobs is {str(triples)[:100]!r}; a list of [log-prob, id, text] is needed",
             "use an SGLang server or our transformers engine",
+        )
+    if abs(len(triples) - expected) == 1:
+        raise Fault(
+            "off-by-one",
+            f"{expected} scored positions were asked for and {len(triples)} came: the start is off by one",
+            "use SGLang 0.5.4 or newer; look for a proxy that changes logprob_start_len",
         )
     if len(triples) < expected:
         raise Fault(
@@ -186,7 +201,7 @@ def _check_numbers(values: Sequence[Any]) -> list[float]:
             "null-scores",
             f"{len(bad)} of {len(values)} log-probs are no numbers at or below 0, the first at {bad[0]} "
             f"({values[bad[0]]!r}); null stands for NaN or -inf",
-            "the teacher's weights or numerics are broken: try another --dtype or attention backend",
+            NUMERICS_REMEDY,
         )
     return [float(value) for value in values]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from slime.engines.doctor.files import CheckpointFiles
 from slime.engines.doctor.material import Material, Picture
+from slime.engines.doctor.outcome import Fault
 from slime.engines.doctor.receipt import Probe, Scores, read_scores
 from slime.engines.doctor.teacher import Teacher
 
@@ -91,7 +92,15 @@ class State:
         Raises:
             Fault: no answer, or not the one that was asked for.
         """
-        answer = await self.teacher.ask(probe.payload(start, temperature))
+        try:
+            answer = await self.teacher.ask(probe.payload(start, temperature))
+        except Fault as fault:
+            if fault.name != "truncated" or not probe.images or start == 0:
+                raise
+            # Without its picture the sequence ends before the start that was asked for, which is refused.
+            # From 0 on it is answered, and the counts tell what became of the picture.
+            await self.score(probe, start=0)
+            raise
         return read_scores(answer, probe, start)
 
 

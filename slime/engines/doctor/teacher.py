@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -16,18 +17,22 @@ from typing import Any, Self
 import aiohttp
 import orjson
 
-from slime.engines.client import API_KEY_VARIABLE, Endpoint, EngineClient
-from slime.engines.doctor.outcome import Fault
+from slime.engines.client import API_KEY_VARIABLE, EngineClient
+from slime.engines.doctor.outcome import NUMERICS_REMEDY, Fault
 from slime.engines.errors import (
     EngineAbortedError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    MissingScoreError,
     WrongAnswerError,
 )
+from slime.engines.replicas import Endpoint
 
 PAGE_SECONDS = 10.0
+MARKUP = re.compile(r"""['"](\\n|\s)*<""")
+"""Where the excerpt of an answer in an error's text begins as HTML does."""
 START_REMEDY = "start the teacher, or correct --teacher-url"
 
 
@@ -78,7 +83,7 @@ class Teacher:
         self.endpoint = Endpoint.parse(url)
         self.timeout = timeout
         self._key = os.environ.get(API_KEY_VARIABLE)
-        self._client = EngineClient([url], role="teacher", remedy="", timeout=timeout)
+        self._client = EngineClient([url], role="teacher", remedy="", timeout=timeout, patience=0.0)
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -201,6 +206,12 @@ def _refused(url: str, error: HttpError) -> Fault:
         return unauthorized(url, error.status)
     if error.body.lstrip()[:1] == "<":
         return html_page(url, error.status)
+    if error.status == 400 and "logprob_start_len" in error.body and "higher than" in error.body:
+        return Fault(
+            "truncated",
+            f"{url} says that fewer tokens arrived than were sent: {error.body[:300]!r}",
+            "start the teacher without --allow-auto-truncate, and let input_ids through whole",
+        )
     if error.status in (429, 503):
         return Fault(
             "overloaded",
@@ -218,13 +229,18 @@ def _unreadable(url: str, error: EngineError) -> Fault:
     text = str(error)
     if isinstance(error, WrongAnswerError):
         return Fault("other-request", text, "take out the proxy that mixes up answers")
-    if "'<" in text or "b'<" in text:
+    if isinstance(error, MissingScoreError):
+        return Fault("null-scores", text, NUMERICS_REMEDY)
+    if MARKUP.search(text):
         return html_page(url, 200)
-    return Fault("unreadable-answer", text, "NaN is not JSON: use an engine that answers as SGLang does")
+    return Fault("unreadable-answer", text, "use an SGLang server, without a proxy that changes answers")
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the first cause, which tells refused from unknown."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """Return the cause below the client's own errors, which tells refused from unknown."""
+    while isinstance(error, EngineError):
+        cause = error.__context__ if error.__cause__ in (None, error) else error.__cause__
+        if cause is None:
+            break
+        error = cause
     return error
