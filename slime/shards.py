@@ -169,6 +169,13 @@ def _to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSam
             "the sample "
             "as failed."
         )
+    if args.use_tis and sample.rollout_log_probs is None:
+        raise ValueError(
+            f"sample {sample.index} ({sample.response_length} response tokens) has no rollout_log_probs, and "
+            f"importance weights need them (--use-tis, or --rollout-temperature {args.rollout_temperature:g} "
+            "other than 1). A function named by --custom-generate-function-path must keep the log-probs that "
+            "the engine returned for the sampled tokens, or mark the sample as failed."
+        )
     return TrainSample(
         index=sample.index,
         tokens=torch.tensor(sample.tokens, dtype=torch.int64),

@@ -81,4 +81,6 @@ class Trainer:
             entropy_coef=args.entropy_coef,
             kl_loss_coef=args.kl_loss_coef,
             kl_loss_type=args.kl_loss_type,
+            tis_clip=(args.tis_clip_low, args.tis_clip) if args.use_tis else None,
+            rollout_temperature=args.rollout_temperature,
         )

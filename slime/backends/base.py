@@ -23,8 +23,8 @@ class LossInputs(Protocol):
     """What a loss may ask of the model's outputs, at the P packed response tokens of one micro-batch.
 
     The distribution is the one that was sampled from: over all tokens but those that are never sampled.
-    All are differentiable, computed in chunks that are recomputed in the backward pass: no saved tensor is
-    `[P, V]`.
+    All but `log_probs_at` are differentiable, computed in chunks that are recomputed in the backward pass: no
+    saved tensor is `[P, V]`.
     """
 
     @property
@@ -39,6 +39,10 @@ class LossInputs(Protocol):
 
     def gather(self, ids: Tensor) -> Tensor:
         """Return the log-probs [P, K] of `ids` [P, K] at each position."""
+        ...
+
+    def log_probs_at(self, temperature: float) -> Tensor:
+        """Return the log-probs [P], float32, of the sampled tokens at another temperature; no gradient."""
         ...
 
 

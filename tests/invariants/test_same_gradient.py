@@ -23,6 +23,7 @@ EXTRAS = (
     "k2",
     "--logprob-chunk-size",
     "7",
+    "--use-tis",
 )
 TOLERANCE = 2e-6
 

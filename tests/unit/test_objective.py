@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,10 @@ class Outputs:
 
     def gather(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def log_probs_at(self, temperature: float) -> Tensor:
+        """Return something that shows which temperature was asked for."""
+        return self.log_probs.detach() * temperature
 
 
 def outputs() -> Outputs:
@@ -104,6 +109,53 @@ def test_later_steps_use_the_old_log_probs() -> None:
 def test_the_gap_to_the_engine_is_over_loss_tokens() -> None:
     _, metrics = objective()(outputs(), batch(rollout_log_probs=torch.tensor([-1.1, 50.0, -2.7])))
     assert metrics["train_rollout_logprob_abs_diff"].item() == pytest.approx((0.1 + 0.3) / 4)
+
+
+def test_beside_temperature_1_the_gap_to_the_engine_is_at_the_engines_temperature() -> None:
+    given = batch(rollout_log_probs=torch.tensor([-0.6, 50.0, -1.4]))
+    terms = objective(rollout_temperature=0.5)
+    _, metrics = terms(outputs(), given)
+    assert metrics["train_rollout_logprob_abs_diff"].item() == pytest.approx((0.1 + 0.1) / 4)
+    moved = replace(given, old_log_probs=torch.zeros(3))
+    assert "train_rollout_logprob_abs_diff" not in terms(outputs(), moved)[1], "not known any more"
+
+
+def test_importance_weights_enter_all_that_is_measured_on_sampled_tokens() -> None:
+    log_ratio = torch.tensor([-0.5, 7.0, 3.0])
+    given = batch(
+        advantages=torch.tensor([1.0, 1.0, -1.0]),
+        reference_log_probs=torch.tensor([-1.5, -1.5, -1.5]),
+        rollout_log_probs=torch.tensor([-1.0, -2.0, -3.0]) - log_ratio,
+    )
+    weights = torch.tensor([math.exp(-0.5), 0.0, 2.0]) / 4
+    parts = {"entropy_coef": 0.1, "kl_loss_coef": 0.2, "kl_loss_type": "k2"}
+    made = outputs()
+    loss, metrics = objective(tis_clip=(0.0, 2.0), **parts)(made, given)
+    gap = torch.tensor([1.0, 0.0, -0.5])
+    reference_gap = torch.tensor([0.5, 0.0, -1.5])
+    advantages = torch.tensor([1.0, 0.0, -1.0]) - 0.5 * gap
+    expected = {
+        "opd_reverse_kl": (weights * gap).sum(),
+        "opd_kl_loss": 0.5 * (weights * gap).sum(),
+        "advantages": (weights * advantages).sum(),
+        "pg_loss": -(weights * advantages).sum(),
+        "kl_loss": 0.2 * (weights * reference_gap**2 / 2).sum(),
+        "entropy_loss": torch.tensor(-0.1 * 2 * 0.5 / 4),
+        "entropy": torch.tensor(2 * 0.5 / 4),
+        "tis_weight_mean": weights.sum(),
+        "tis_clipfrac": torch.tensor(1 / 4),
+    }
+    torch.testing.assert_close({name: metrics[name] for name in expected}, expected)
+    loss.backward()
+    assert made.log_probs.grad is not None
+    torch.testing.assert_close(
+        made.log_probs.grad, weights * (0.2 * reference_gap - advantages), msg="weights carry no gradient"
+    )
+
+
+def test_importance_weights_without_the_engines_log_probs_are_an_error() -> None:
+    with pytest.raises(ValueError, match="does not carry"):
+        objective(tis_clip=(0.0, 2.0))(outputs(), batch())
 
 
 def test_without_teacher_there_is_no_distillation_metric() -> None:

@@ -154,6 +154,22 @@ def test_engine_log_probs_are_used_only_if_all_samples_have_them() -> None:
     assert all(sample.rollout_log_probs is None for sample in shards(samples, pictures)[0].samples)
 
 
+@pytest.mark.parametrize("flags", [("--use-tis",), ("--rollout-temperature", "0.8")])
+def test_importance_weights_need_the_engines_log_probs_of_every_sample(flags: tuple[str, ...]) -> None:
+    samples, pictures = make_samples(8)
+    assert all(
+        sample.rollout_log_probs is not None
+        for sample in shards(samples, pictures, *ONE_BATCH, *flags)[0].samples
+    )
+    samples[2].rollout_log_probs = None
+    with pytest.raises(
+        ValueError, match=r"sample 2 \(\d+ response tokens\) has no rollout_log_probs.*--use-tis"
+    ):
+        shards(samples, pictures, *ONE_BATCH, *flags)
+    spoil(samples[2], "failed")
+    assert len(shards(samples, pictures, *ONE_BATCH, *flags)[0].samples) == 7
+
+
 def test_without_distillation_no_teacher_is_asked_for() -> None:
     samples, pictures = make_samples(8)
     for sample in samples:

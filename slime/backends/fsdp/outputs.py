@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slime.losses.log_probs import chunked_log_probs
@@ -35,6 +36,14 @@ class ResponseOutputs:
     def gather(self, ids: Tensor) -> Tensor:
         """Return the log-probs [P, K] of `ids` [P, K]."""
         return chunked_log_probs(self._hidden, self._head, ids, self._chunk_size, self._masked_ids)[0]
+
+    @torch.no_grad()
+    def log_probs_at(self, temperature: float) -> Tensor:
+        """Return the log-probs [P] of the sampled tokens at another temperature, without gradient."""
+        cooled = self._hidden / temperature  # the LM head is linear: its logits are divided too
+        return chunked_log_probs(cooled, self._head, self._ids[:, None], self._chunk_size, self._masked_ids)[
+            0
+        ][:, 0]
 
     def _pass(self) -> tuple[Tensor, Tensor]:
         """Run the LM head once for both log-probs and entropy."""

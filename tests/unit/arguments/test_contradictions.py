@@ -114,6 +114,11 @@ CONTRADICTIONS = {
         ("--image-min-pixels", "--image-max-pixels"),
     ),
     "schedule that rises": ((*DISTIL, "--lr", "1e-5", "--min-lr", "1e-4"), ("--lr", "--min-lr")),
+    "weights without room": (
+        (*DISTIL, "--use-tis", "--tis-clip-low", "2"),
+        ("--tis-clip-low", "--tis-clip"),
+    ),
+    "bounds of no weights": ((*DISTIL, "--tis-clip", "3"), ("--tis-clip", "--use-tis")),
     "deterministic sglang": (
         (*DISTIL, "--engine", "sglang", "--deterministic-rollout"),
         ("--deterministic-rollout", "--engine"),
