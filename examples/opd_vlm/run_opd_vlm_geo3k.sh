@@ -266,10 +266,33 @@ build_train_command() {
   TRAIN_COMMAND=(env "CUDA_VISIBLE_DEVICES=$STUDENT_GPUS" "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.train "${TRAIN_ARGS[@]}")
 }
 
-# check_train_args: the run's own parser reads the command before anything is installed, downloaded or loaded.
-check_train_args() {
-  "$ANY_PYTHON" -c 'from slime.arguments import parse_args; parse_args()' "${TRAIN_ARGS[@]}" ||
+# What the pre-flight asks is what the run will ask, of every server that the run will ask, so it is read from the run's
+# own arguments.
+readonly DOCTOR_OPTIONS='
+import shlex
+from slime.arguments import parse_args
+
+args = parse_args()
+options = {
+    "--student-path": args.hf_checkpoint,
+    "--max-tokens": (args.max_prompt_length or 0) + args.rollout_max_response_len,
+    "--samples": args.rollout_batch_size * args.n_samples_per_prompt,
+    "--image-min-pixels": args.image_min_pixels,
+    "--image-max-pixels": args.image_max_pixels,
+    "--timeout": args.teacher_timeout,
+}
+words = [word for url in args.teacher_urls for word in ("--teacher-url", url)]
+words += [str(word) for option in options.items() if option[1] is not None for word in option]
+print(shlex.join(words))'
+
+# read_train_args: the run's own parser reads the command before anything is installed, downloaded or loaded. Sets
+# DOCTOR_COMMAND.
+read_train_args() {
+  local options
+  options="$("$ANY_PYTHON" -c "$DOCTOR_OPTIONS" "${TRAIN_ARGS[@]}")" ||
     die "the training command was refused; nothing has been started."
+  eval "options=($options)"
+  DOCTOR_COMMAND=(env CUDA_VISIBLE_DEVICES= "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.engines.doctor "${options[@]}")
 }
 
 build_teacher_command() {
@@ -341,8 +364,7 @@ teacher_ended() { [ -n "${TEACHER_PID:-}" ] && ! alive "$TEACHER_PID"; }
 check_teacher() {
   local where="${SLIME_SCRIPT_TEACHER_URL:+ The teacher is SLIME_SCRIPT_TEACHER_URL=$SLIME_SCRIPT_TEACHER_URL.}"
   if [ "$SLIME_SCRIPT_SKIP_DOCTOR" = 1 ]; then return; fi
-  if ! step env CUDA_VISIBLE_DEVICES= "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.engines.doctor \
-    --teacher-url "$RM_URL" --student-path "$STUDENT_PATH"; then
+  if ! step "${DOCTOR_COMMAND[@]}"; then
     if teacher_ended; then log_tail "$TEACHER_LOG"; fi
     die "the teacher did not pass the pre-flight; what is wrong and what to do is above. Nothing has been trained.$where" \
       "SLIME_SCRIPT_SKIP_DOCTOR=1 goes on without this check."
@@ -427,7 +449,7 @@ resolve() {
   resolve_dataset
   resolve_teacher_url
   build_train_command
-  check_train_args
+  read_train_args
 }
 
 set_up() {

@@ -201,12 +201,17 @@ def test_a_teacher_elsewhere_leaves_all_gpus_to_the_student(tmp_path: Path) -> N
 
 def test_the_pre_flight_is_printed_between_teacher_and_training(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    launched = machine.dry_run(**machine.local())
-    words = launched.arguments(DOCTOR)
-    asked = ["--teacher-url", "http://127.0.0.1:13141/generate", "--student-path", str(machine.student)]
-    assert words == asked
-    order = [module for line in launched.commands for module in (TRANSFORMERS, DOCTOR, TRAIN) if module in line]
-    assert order == [TRANSFORMERS, DOCTOR, TRAIN]
+    replica = "http://10.1.2.3:13141/generate"
+    flags = f"--rm-url {replica} --rollout-max-prompt-len 500 --image-max-pixels 262144"
+    launched = machine.dry_run(**machine.local(), EXTRA_ARGS=flags)
+    assert launched.arguments(DOCTOR) == [
+        *("--teacher-url", "http://127.0.0.1:13141/generate", "--teacher-url", replica),
+        *("--student-path", str(machine.student), "--max-tokens", "596", "--samples", "128"),
+        *("--image-max-pixels", "262144", "--timeout", "120.0"),
+    ]
+    assert launched.variables(DOCTOR)["CUDA_VISIBLE_DEVICES"] == ""
+    order = [words[words.index("-m") + 1] for words in launched.commands if "-m" in words]
+    assert order[-3:] == [TRANSFORMERS, DOCTOR, TRAIN]
 
 
 def test_only_visible_gpus_are_used(tmp_path: Path) -> None:

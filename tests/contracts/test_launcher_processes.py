@@ -61,7 +61,12 @@ def bystander(machine: Machine) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def launch(
-    machine: Machine, *, teacher: str = "serve", doctor: str = "succeed", driver: str = "succeed", **knobs: str
+    machine: Machine,
+    *,
+    teacher: str = "serve",
+    doctor: str = "succeed",
+    driver: str = "succeed",
+    **knobs: str,
 ) -> subprocess.Popen[str]:
     """Start the launcher with a teacher, a doctor and a driver that behave as told."""
     knobs = {"TEACHER_PORT": str(free_port()), "OUTPUT_DIR": str(machine.root / "out")} | knobs
