@@ -1,0 +1,1 @@
+"""Set-up, tests and benchmarks. A package only so that `python -m scripts.benchmarks...` finds them."""

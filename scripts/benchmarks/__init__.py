@@ -1,0 +1,1 @@
+"""Measurements of the project's parts, each a command of its own."""

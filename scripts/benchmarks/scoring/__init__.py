@@ -1,0 +1,1 @@
+"""Parts of the teacher-scoring benchmark (`scripts/benchmarks/teacher_scoring.py`)."""
