@@ -9,6 +9,9 @@ import base64
 import io
 import json
 import random
+import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from PIL import Image
 from slime.engines.doctor.__main__ import main
 from slime.engines.process import ServerProcess, free_port, start_server
 from slime.tiny.paths import checkpoint_path
+from tests.contracts.reference import Http
 from tests.fakes.planting_proxy import Fault, Json, planted
 
 pytestmark = pytest.mark.timeout(300)
@@ -406,3 +410,123 @@ def test_a_planted_fault_is_named(server: ServerProcess, examine: Examine, name:
     assert found.first_fault["message"]
     assert found.first_fault["remedy"], found.printed
     assert f"[{fault_name}]" in found.printed
+
+
+# ---- faults that need more than a proxy ----
+
+
+def test_a_paused_teacher_is_named(server: ServerProcess, examine: Examine) -> None:
+    http = Http(server)
+    http.control("/pause_generation", {"mode": "retract"})
+    try:
+        found = examine(server.url)
+    finally:
+        http.control("/continue_generation", {})
+    assert found.faults == {"reachable": "paused"}
+
+
+class HidesPause(Fault):
+    """Seems healthy, and lets `/generate` hang until it says that it is paused."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    async def instead(self, request: web.Request, body: Json | None) -> web.StreamResponse | None:
+        if body is not None:
+            self.asked = True
+            await asyncio.sleep(30)
+        return web.Response(status=503) if self.asked and request.path == "/ready" else None
+
+
+@pytest.mark.parametrize(("fault", "name"), [(Hang(), "hangs"), (HidesPause(), "paused")])
+def test_a_teacher_that_hangs_ends_the_examination(
+    server: ServerProcess, examine: Examine, fault: Fault, name: str
+) -> None:
+    with planted(server.url, fault) as url:
+        found = examine(url, more=("--timeout", "1"))
+    assert found.faults == {"vocabulary": name}
+    assert {"chat-template", "latency"} <= set(found.skipped())
+
+
+def test_addresses_where_nothing_is_are_told_apart(examine: Examine) -> None:
+    assert examine(f"http://127.0.0.1:{free_port()}").faults == {"reachable": "refused"}
+    assert examine("http://no-such-host.invalid:1").faults == {"reachable": "unknown-host"}
+
+
+def test_a_port_that_speaks_no_http_is_told_apart(examine: Examine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def greet() -> None:
+            connection, _ = listening.accept()
+            connection.recv(100)
+            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        found = examine(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()
+    assert found.faults == {"reachable": "no-http"}
+
+
+def test_keys(server: ServerProcess, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with planted(server.url, Keyed()) as url:
+        monkeypatch.setenv("SLIME_ENGINE_API_KEY", "guessed")
+        wrong = examine(url)
+        monkeypatch.setenv("SLIME_ENGINE_API_KEY", "right")
+        right = examine(url)
+    assert wrong.faults == {"model": "wrong-key"}
+    assert right.code == 0, right.printed
+    assert "right" not in right.printed + json.dumps(right.checks)
+
+
+def test_a_teacher_of_another_kind_is_named_by_its_files(
+    server: ServerProcess, examine: Examine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(TEACHER, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n", "assistant\\n<think>"))
+    processor = folder / "preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.4, 0.5, 0.5]}))
+    found = examine(server.url, more=("--teacher-path", str(folder)))
+    assert found.faults == {"chat-template": "template-differs", "image-processor": "processor-differs"}
+
+    allowed = ("--allow", "chat-template", "--allow", "image-processor")
+    found = examine(server.url, more=("--teacher-path", str(folder), *allowed))
+    assert found.code == 0
+    assert found.checks["chat-template"]["status"] == "warn"
+
+
+def test_replicas_of_other_weights_are_named(server: ServerProcess, examine: Examine) -> None:
+    def other(body: Json, triples: list[list[Any]]) -> list[list[Any]]:
+        return [[value and value - 0.5, *rest] for value, *rest in triples]
+
+    with planted(server.url, Scores(other)) as url:
+        found = examine(server.url, url, more=("--allow", "generation"))
+    assert found.checks["replicas"]["fault"] == "replicas-differ"
+    assert found.code == 1
+
+
+# ---- the command line ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        ([], "--teacher-url"),
+        (["--teacher-url", "localhost:3000"], "http://HOST:PORT"),
+        (["--teacher-url", "http://127.0.0.1:1", "--max-tokens", "0"], "--max-tokens"),
+        (["--teacher-url", "http://127.0.0.1:1", "--allow", "everything"], "--allow"),
+    ],
+)
+def test_bad_usage_exits_with_2(capsys: pytest.CaptureFixture[str], argv: list[str], shown: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_a_student_that_is_not_there_is_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--teacher-url", "http://127.0.0.1:1", "--student-path", str(tmp_path / "none")]) == 2
+    assert "--student-path" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from slime.engines.doctor.outcome import Fault, Finding
 from slime.engines.doctor.receipt import Probe
 from slime.engines.doctor.state import State
 
+TEXT_ROOM = 256
+"""Tokens of a probe besides its picture, at most."""
 UNREAD = "give --teacher-path where the teacher's checkpoint lies here"
 
 
@@ -87,8 +89,8 @@ async def picture_sizes(state: State) -> Finding:
     if not state.pictures:
         return Finding(_no_pictures(state), skipped=True)
     response = state.own.response(state.known_ids)[:4]
-    context = state.server_info.get("context_length")
-    room = context - 256 if isinstance(context, int) else state.options.max_tokens
+    limits = [limit for limit in (state.context, state.options.max_tokens) if limit is not None]
+    room = min(limits) - TEXT_ROOM if limits else None
     shown: list[str] = []
     for variant, (pixels, ratio) in enumerate(state.own.sizes(room), start=1):
         picture = state.own.picture(pixels, ratio, variant)

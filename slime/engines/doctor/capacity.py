@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from slime.engines.doctor.outcome import Fault, Finding
 from slime.engines.doctor.receipt import Probe
@@ -19,7 +18,7 @@ TAIL = 4
 
 async def context(state: State) -> Finding:
     """The longest sample fits, and one that does not is refused, not cut."""
-    stated = await _stated(state)
+    stated = state.context
     capacity = state.server_info.get("max_total_num_tokens")
     needed = state.options.max_tokens
     if needed is not None and stated is not None and needed > stated - RESERVED_TOKENS:
@@ -46,19 +45,6 @@ async def context(state: State) -> Finding:
     if stated is None and needed is None:
         return Finding(seen, warning="context-unknown", remedy="give --max-tokens, so that it can be tried")
     return Finding(seen, values={"context_length": stated, "needed": needed})
-
-
-async def _stated(state: State) -> int | None:
-    """Return the context length that the server names: `/v1/models` has it resolved, `/server_info` may."""
-    page = await state.teacher.page("/v1/models")
-    if page.status == 200 and not page.is_html:
-        models: Any = page.json().get("data")
-        if isinstance(models, list) and models and isinstance(models[0], dict):
-            length = models[0].get("max_model_len")
-            if isinstance(length, int):
-                return length
-    length = state.server_info.get("context_length")
-    return length if isinstance(length, int) else None
 
 
 def _long_probe(state: State, length: int) -> Probe:

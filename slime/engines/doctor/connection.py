@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from slime.engines.doctor.files import read_checkpoint
 from slime.engines.doctor.material import Material
 from slime.engines.doctor.outcome import Fault, Finding
@@ -18,19 +20,17 @@ async def reachable(state: State) -> Finding:
         raise unauthorized(page.url, page.status)
     if page.is_html:
         raise html_page(page.url, page.status)
+    if page.status == 503 and (await state.teacher.page("/model_info")).status == 200:
+        raise Fault(
+            "paused",
+            f"{page.url} answered HTTP 503 though the model is loaded: generation is paused or broken",
+            "POST /continue_generation, or restart the teacher; see its log",
+        )
     if page.status != 200:
         raise Fault(
             "not-ready",
-            f"{page.url} answered HTTP {page.status}: still loading, paused, or broken",
-            "wait until it is loaded, or POST /continue_generation; see its log",
-        )
-    health = await state.teacher.page("/health")
-    if health.status == 503:
-        raise Fault(
-            "paused",
-            f"{health.url} answered HTTP 503 though the server is ready: generation is paused or the model "
-            "has stopped",
-            "POST /continue_generation, or restart the teacher; see its log",
+            f"{page.url} answered HTTP {page.status}: it is still loading, or broken",
+            "wait until it is loaded; see its log",
         )
     return Finding(f"ready, {page.seconds * 1000:.0f} ms", values={"seconds": page.seconds})
 
@@ -40,6 +40,7 @@ async def model(state: State) -> Finding:
     state.model_info = (await state.teacher.page("/model_info")).json()
     page = await state.teacher.page("/server_info")
     state.server_info = page.json() if page.status == 200 else {}
+    state.context = await _context_length(state)
     info = state.model_info
     if info.get("is_generation") is False:
         raise Fault(
@@ -73,6 +74,18 @@ async def model(state: State) -> Finding:
         f"weights {info.get('weight_version')!r}",
         values={"model_path": info.get("model_path"), "weight_version": info.get("weight_version")},
     )
+
+
+async def _context_length(state: State) -> int | None:
+    """Return the context length that the server names: `/v1/models` has it resolved, `/server_info` may."""
+    page = await state.teacher.page("/v1/models")
+    models: Any = page.json().get("data") if page.status == 200 and not page.is_html else None
+    if isinstance(models, list) and models and isinstance(models[0], dict):
+        length = models[0].get("max_model_len")
+        if isinstance(length, int):
+            return length
+    length = state.server_info.get("context_length")
+    return length if isinstance(length, int) else None
 
 
 async def settings(state: State) -> Finding:

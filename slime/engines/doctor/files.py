@@ -60,14 +60,13 @@ def compare_vocabularies(material: Material, teacher: CheckpointFiles) -> None:
             f"{teacher.facts.vocab_size}",
             "distil from a teacher with the student's vocabulary",
         )
-    for name in ("eos_token_id", "pad_token_id"):
-        ours, theirs = getattr(material.tokenizer, name), getattr(teacher.tokenizer, name)
-        if ours != theirs and name == "eos_token_id":
-            raise Fault(
-                "special-tokens-differ",
-                f"the end of turn is {ours} for the student and {theirs} for the teacher",
-                "use checkpoints of one family (Thinking with Thinking, Instruct with Instruct)",
-            )
+    ours, theirs = material.tokenizer.eos_token_id, teacher.tokenizer.eos_token_id
+    if ours != theirs:
+        raise Fault(
+            "special-tokens-differ",
+            f"the end of turn is {ours} for the student and {theirs} for the teacher",
+            "use checkpoints of one family (Thinking with Thinking, Instruct with Instruct)",
+        )
     special = _differing(_special(material.tokenizer), _special(teacher.tokenizer))
     if special:
         raise Fault(
@@ -75,19 +74,22 @@ def compare_vocabularies(material: Material, teacher: CheckpointFiles) -> None:
             f"{len(special)} special ids differ: {_shown(special)}",
             "distil from a teacher with the student's special tokens",
         )
-    ours = {id_: token for token, id_ in material.tokenizer.get_vocab().items()}
-    theirs = {id_: token for token, id_ in teacher.tokenizer.get_vocab().items()}
-    ordinary = _differing(ours, theirs)
+    tokens = _tokens(material.tokenizer)
+    ordinary = _differing(tokens, _tokens(teacher.tokenizer))
     if ordinary:
         raise Fault(
             "vocabulary-differs",
-            f"{len(ordinary)} of {len(ours)} ids are other tokens: {_shown(ordinary)}",
+            f"{len(ordinary)} of {len(tokens)} ids are other tokens: {_shown(ordinary)}",
             "distil from a teacher with the student's vocabulary",
         )
 
 
 def _special(tokenizer: Any) -> dict[int, str]:
     return {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
+
+
+def _tokens(tokenizer: Any) -> dict[int, str]:
+    return {id_: token for token, id_ in tokenizer.get_vocab().items()}
 
 
 def _differing(ours: dict[int, str], theirs: dict[int, str]) -> list[tuple[int, str, str | None]]:

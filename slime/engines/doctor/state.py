@@ -45,6 +45,8 @@ class State:
     with_student: bool
     model_info: dict[str, Any] = field(default_factory=dict)
     server_info: dict[str, Any] = field(default_factory=dict)
+    context: int | None = None
+    """Tokens that the server says it takes."""
     files: CheckpointFiles | None = None
     """The teacher's checkpoint, where it can be read here."""
     known_ids: int = 0

@@ -146,17 +146,17 @@ class Teacher:
         return answer
 
     async def _hanging(self, url: str) -> Fault:
-        """Tell a paused server from one that hangs: a paused one says 503 at `/health`."""
-        page = await self.page("/health")
+        """Tell a paused server from one that hangs: a paused one is not ready."""
+        page = await self.page("/ready")
         if page.status == 503:
             return Fault(
                 "paused",
-                f"{url} gave no answer within {self.timeout:g} s, and /health says 503: generation is paused",
+                f"{url} gave no answer within {self.timeout:g} s, and /ready says 503: generation is paused",
                 "POST /continue_generation; nothing but the student's engines may be paused in a run",
             )
         return Fault(
             "hangs",
-            f"{url} gave no answer within {self.timeout:g} s, while /health says {page.status}",
+            f"{url} gave no answer within {self.timeout:g} s, while /ready says {page.status}",
             "see the teacher's log; a larger --timeout helps if it is only slow",
         )
 
