@@ -16,7 +16,7 @@ from typing import Any
 from slime.engines.errors import AnswerError, EngineAbortedError, MissingScoreError
 
 JsonDict = dict[str, Any]
-Triple = list[Any]
+Triple = Sequence[Any]
 """`[log-prob or null, token id, text or null]`, as the server sends it."""
 
 BAN_BIAS = -1.0e5
@@ -26,6 +26,8 @@ demands."""
 
 def collapse_image_pads(tokens: Sequence[int], image_token_id: int) -> list[int]:
     """Return the wire form of a prompt: each run of image pads becomes one, which the server expands."""
+    if tokens.count(image_token_id) <= 1:
+        return list(tokens)
     wire: list[int] = []
     for token, run in groupby(tokens):
         wire.extend([token] if token == image_token_id else run)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Hashable, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, Self, TypeVar
 
 from slime.engines.errors import (
     EngineError,
@@ -27,11 +27,19 @@ API_KEY_VARIABLE = "SLIME_ENGINE_API_KEY"
 ADMIN_KEY_VARIABLE = "SLIME_ENGINE_ADMIN_KEY"
 
 PauseMode = Literal["abort", "retract", "in_place"]
+T = TypeVar("T")
+Reader = Callable[[Any], T]
+"""Makes of a parsed answer what is kept of it."""
 
 REQUEST_ID = "slime-"
 """Begins every request's id, so that an answer to somebody else's request is known for what it is."""
 PROBE_SECONDS = 1.0
 PROBE_TIMEOUT = 5.0
+
+
+def as_it_is(answer: Any) -> Any:
+    """Keep all of an answer."""
+    return answer
 
 
 class EngineClient:
@@ -98,20 +106,23 @@ class EngineClient:
         """Whether no server is left out at the moment."""
         return all(replica.up for replica in self._replicas.all)
 
-    async def generate(self, payload: dict[str, Any], *, group: Hashable | None = None) -> Any:
-        """Post to `/generate`, as soon as the group's server has a free place; return the parsed answer.
+    async def generate(
+        self, payload: dict[str, Any], *, group: Hashable | None = None, reader: Reader[T] = as_it_is
+    ) -> T:
+        """Post to `/generate`, as soon as the group's server has a free place; return what `reader` makes of
+        the parsed answer.
 
         Raises:
             EngineUnreachableError: no connection, retries included.
             EngineTimeoutError: no answer before the deadline, retries included.
             HttpError: an error status, retries included where another try could help.
-            AnswerError: the answer is no JSON, or belongs to another request.
+            AnswerError: the answer is no JSON, or belongs to another request; and whatever `reader` raises.
         """
         retry = Retry(self._patience, repeatable=True)
         while True:
             replica = self._replicas.home(group).replica
             try:
-                return await self._attempt(replica, payload)
+                return await self._attempt(replica, payload, reader)
             except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
                 if not (isinstance(error, HttpError) and error.status < 500):
                     self._leave_out(replica)
@@ -120,7 +131,9 @@ class EngineClient:
                     raise self._last(error, replica.endpoint.generate_url, retry) from error
                 await asyncio.sleep(pause)
 
-    async def score(self, payload: dict[str, Any], *, group: Hashable | None = None) -> Any:
+    async def score(
+        self, payload: dict[str, Any], *, group: Hashable | None = None, reader: Reader[T] = as_it_is
+    ) -> T:
         """Post like `generate`; a group's first request goes alone, and the others find its prefix cached.
 
         Sent at once, n samples of a new prompt would all miss the cache, and prompt and picture would be
@@ -133,12 +146,12 @@ class EngineClient:
             async with home.lock:
                 if home.warm or self._replicas.home(group) is not home:
                     continue
-                answer = await self.generate(payload, group=group)
+                answer = await self.generate(payload, group=group, reader=reader)
                 self._replicas.home(group).warm = True  # the group may have moved meanwhile
                 return answer
-        return await self.generate(payload, group=group)
+        return await self.generate(payload, group=group, reader=reader)
 
-    async def _attempt(self, replica: Replica, payload: dict[str, Any]) -> Any:
+    async def _attempt(self, replica: Replica, payload: dict[str, Any], reader: Reader[T]) -> T:
         """Send one request to one server, under an id of its own: a retried id could still be running."""
         url, request_id = replica.endpoint.generate_url, REQUEST_ID + uuid.uuid4().hex
         replica.load += 1
@@ -148,9 +161,12 @@ class EngineClient:
                 raw = await self._transport.send("POST", url, body, self._api_key, self._timeout)
         finally:
             replica.load -= 1
-        answer = self._transport.parse(url, raw)
-        self._check_id(url, answer, request_id)
-        return answer
+
+        def read(answer: Any) -> T:
+            self._check_id(url, answer, request_id)
+            return reader(answer)
+
+        return await self._transport.read(url, raw, read)
 
     def _check_id(self, url: str, answer: Any, request_id: str) -> None:
         """Refuse another request's answer. A gateway may drop our id; then the tokens' receipt has to do."""

@@ -10,6 +10,7 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,13 @@ def score_triples(
             f"the answer holds {len(triples)} scored positions; {wanted - 1} response tokens and a "
             "placeholder were asked for. Does the server truncate long inputs (--allow-auto-truncate)?"
         )
-    placeholder, *scored = triples[len(triples) - wanted :]
-    values, ids = _columns(scored)
+    values, ids = _columns(triples[len(triples) - wanted :])
+    placeholder = ids.pop(0)
+    del values[0]
     _require_numbers(values)
-    if ids != list(response_tokens):
-        _compare(ids, response_tokens, vocab_size)
-        scored = [[value, token, None] for value, token in zip(values, response_tokens, strict=True)]
-    return [[None, _column(placeholder, 1), None], *scored]
+    _compare(ids, response_tokens, vocab_size)
+    # tuples of numbers, which the garbage collector forgets at first sight; it walks lists for ever
+    return [(None, placeholder, None), *zip(values, response_tokens, repeat(None), strict=False)]
 
 
 def _columns(triples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -82,14 +83,10 @@ def _columns(triples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     try:
         return [triple[0] for triple in triples], [triple[1] for triple in triples]
     except (TypeError, IndexError, KeyError) as error:
-        bad = next(triple for triple in triples if not isinstance(triple, list) or len(triple) < 2)
+        bad = next(triple for triple in triples if not isinstance(triple, list | tuple) or len(triple) < 2)
         raise AnswerError(
             f"`input_token_logprobs` holds {str(bad)[:100]!r}; [log-prob, token id, text] is needed."
         ) from error
-
-
-def _column(triple: Any, place: int) -> Any:
-    return _columns([triple])[place][0]
 
 
 def _require_numbers(values: Sequence[Any]) -> None:

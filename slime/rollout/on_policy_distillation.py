@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from slime.engines.api import collapse_image_pads, score_payload
@@ -175,9 +176,12 @@ async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
         )
     payload = score_payload(request.tokens, request.prompt_length - 1, images, top_k=settings.top_k)
     client = teacher_client(settings, teacher)
-    answer = await client.score(payload, group=sample.group_index)
-    try:
+
+    def read(answer: Any) -> dict[str, Any]:
         return {"meta_info": _scores(answer, sample, request, settings)}
+
+    try:
+        return await client.score(payload, group=sample.group_index, reader=read)
     except (AnswerError, EngineAbortedError, ScoreMismatchError) as error:
         url = client.endpoint_for(sample.group_index).generate_url
         raise type(error)(f"sample {sample.index}, scored by the {client.role} at {url}: {error}") from error
@@ -235,14 +239,16 @@ def teacher_log_probs(answer: Any, response_length: int) -> torch.Tensor:
         raise ShortScoresError(
             f"the teacher scored {len(triples)} positions; the response has {response_length} tokens."
         )
-    values = [triple[0] for triple in triples[len(triples) - response_length :]]
-    if None in values:
+    scored = triples[len(triples) - response_length :]
+    values = np.array([triple[0] for triple in scored], np.float32)  # null becomes NaN
+    missing = np.flatnonzero(np.isnan(values))
+    if missing.size:
         raise MissingScoreError(
-            f"the teacher's log-prob of response token {values.index(None)} of {response_length} is null; "
+            f"the teacher's log-prob of response token {missing[0]} of {response_length} is null; "
             "the server met NaN or -inf there, or the scores begin too late (logprob_start_len must be the "
             "prompt's length less one)."
         )
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.from_numpy(values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,4 +191,6 @@ def _scored_triples(reward: Any) -> list[Any] | None:
     """Return the triples of an answer in the server's form; None for any other reward."""
     meta = reward.get("meta_info") if isinstance(reward, dict) else None
     triples = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
-    return triples if isinstance(triples, list) and all(isinstance(t, list) for t in triples) else None
+    return (
+        triples if isinstance(triples, list) and all(isinstance(t, list | tuple) for t in triples) else None
+    )

@@ -38,7 +38,7 @@ def scored(tokens: list[int], start: int, fault: str | None = None) -> dict[str,
 def test_a_score_holds_a_placeholder_and_one_number_a_response_token() -> None:
     tokens = [5, 6, 7, 8, 9]
     triples = score_triples(scored(tokens, 2), tokens[3:], vocab_size=VOCAB, prompt_tokens=5)
-    assert triples == [[None, 7, None], [log_prob(8, 3), 8, None], [log_prob(9, 4), 9, None]]
+    assert triples == [(None, 7, None), (log_prob(8, 3), 8, None), (log_prob(9, 4), 9, None)]
 
 
 def test_scores_are_read_from_the_end_whatever_the_start() -> None:
@@ -47,7 +47,7 @@ def test_scores_are_read_from_the_end_whatever_the_start() -> None:
 
 
 def test_an_empty_response_has_the_placeholder_alone() -> None:
-    assert score_triples(scored([5, 6, 7], 2), []) == [[None, 7, None]]
+    assert score_triples(scored([5, 6, 7], 2), []) == [(None, 7, None)]
 
 
 def test_the_last_id_is_reported_as_zero_and_is_allowed_for() -> None:
