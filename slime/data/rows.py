@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-from PIL import Image
 
 from slime.arguments.data import DataArgs
 from slime.data.errors import BadRow, DataError
@@ -29,22 +28,28 @@ class PreparedPrompt:
     tokens: list[int]
     """Wire form: one image pad a picture."""
     label: str | None
-    images: list[Image.Image] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def sample(self, group_index: int, index: int) -> Sample:
-        """Return a fresh sample; token list and metadata are its own, pictures are shared."""
-        return Sample(
-            group_index=group_index,
-            index=index,
-            prompt=self.text,
-            tokens=list(self.tokens),
-            label=self.label,
-            multimodal_inputs={"images": self.images} if self.images else None,
-            multimodal_train_inputs=self._train_inputs() if self.pictures else None,
-            metadata=dict(self.metadata),
-        )
+    def group(self, group_index: int, size: int) -> list[Sample]:
+        """Return `size` fresh samples, numbered as those of group `group_index`.
+
+        Token list and metadata are each sample's own; the opened pictures are the group's.
+        """
+        images = [open_encoded(picture) for picture in self.pictures]
+        return [
+            Sample(
+                group_index=group_index,
+                index=group_index * size + number,
+                prompt=self.text,
+                tokens=list(self.tokens),
+                label=self.label,
+                multimodal_inputs={"images": images} if images else None,
+                multimodal_train_inputs=self._train_inputs() if images else None,
+                metadata=dict(self.metadata),
+            )
+            for number in range(size)
+        ]
 
     def _train_inputs(self) -> dict[str, Any]:
         return {
@@ -186,7 +191,6 @@ class RowPreparer:
             text=text,
             tokens=tokens,
             label=label,
-            images=[open_encoded(picture) for picture in pictures],
             pictures=pictures,
             metadata={**metadata, "data_file": row.file, "data_row": row.number},
         )

@@ -126,14 +126,13 @@ class PromptSource:
         return self._order[self._position - 1]
 
     def _group(self, prompt: PreparedPrompt) -> list[Sample]:
-        first = self._groups * self._samples_per_prompt
-        group = [prompt.sample(self._groups, first + number) for number in range(self._samples_per_prompt)]
+        group = prompt.group(self._groups, self._samples_per_prompt)
         self._groups += 1
         return group
 
 
 class EvalSet:
-    """A held-out set, whole and in file order."""
+    """A held-out set, whole and in file order. It holds its encoded pictures for the rest of the run."""
 
     def __init__(self, name: str, path: str, args: Args, processor: Any, pictures: PictureStore) -> None:
         self.name = name
@@ -157,11 +156,10 @@ class EvalSet:
         """
         if self._prepared is None:
             self._prepared = self._prepare_all()
-        count = self._samples_per_prompt
         return [
-            prompt.sample(group, group * count + number)
-            for group, prompt in enumerate(self._prepared)
-            for number in range(count)
+            sample
+            for number, prompt in enumerate(self._prepared)
+            for sample in prompt.group(number, self._samples_per_prompt)
         ]
 
     def _prepare_all(self) -> list[PreparedPrompt]:

@@ -19,6 +19,7 @@ from slime.data.errors import BadRow
 from slime.data.images import Picture, picture_key
 from slime.data.picture_store import PictureStore
 from slime.data.source import EvalSet, PromptSource
+from slime.utils.pictures import picture_uri
 from slime.utils.types import Sample
 
 Write = Callable[..., str]
@@ -258,3 +259,19 @@ def test_keys_of_unusable_sources_are_errors(tmp_path: Path) -> None:
     for bad in ("absent.png", {"bytes": None, "path": None}, "data:image/png;base64,%", 3, "a\0b"):
         with pytest.raises(images.BadImageError):
             picture_key(bad, tmp_path)
+
+
+def test_what_is_drawn_on_a_samples_picture_is_gone_at_its_next_turn(
+    processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
+) -> None:
+    path, store = parquet([make_row(0)]), PictureStore()
+    source = PromptSource(make_args(path), processor, store)
+    held_out = EvalSet("held_out", path, make_args(path), processor, store)
+    turns = [lambda: source.next_groups(1)[0][0], lambda: held_out.samples()[0]]
+    for turn in turns:
+        (image,) = (turn().multimodal_inputs or {})["images"]
+        sent = picture_uri(image)
+        image.paste((0, 0, 0), (0, 0, 20, 20))
+        assert picture_uri(image) != sent
+        (fresh,) = (turn().multimodal_inputs or {})["images"]
+        assert picture_uri(fresh) == sent
