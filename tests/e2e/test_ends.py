@@ -58,9 +58,10 @@ def test_a_dead_process_ends_the_run_with_its_name_and_log(data, teacher, tmp_pa
 
 
 def test_a_killed_teacher_is_a_clear_error_within_a_minute(data, tmp_path):
+    patience = ("--teacher-patience", "10")
     with (
         start_teacher(tmp_path / "teacher.log") as doomed,
-        running(arguments(data, doomed.url, tmp_path / "run", *MANY), tmp_path / "run") as job,
+        running(arguments(data, doomed.url, tmp_path / "run", *MANY, *patience), tmp_path / "run") as job,
     ):
         _wait_for_training(job)
         os.kill(doomed.pid, signal.SIGKILL)
