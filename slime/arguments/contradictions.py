@@ -13,6 +13,7 @@ def contradictions(args: Args) -> Iterator[str]:
     """Yield a sentence for each contradiction between groups."""
     yield from _distillation(args)
     yield from _rewards(args)
+    yield from _sampling(args)
     yield from _batches(args)
     yield from _engines(args)
 
@@ -68,6 +69,14 @@ def _rewards(args: Args) -> Iterator[str]:
         )
     if args.task_reward_weight > 0 and args.label_key is None:
         yield "--task-reward-weight grades against reference answers; set --label-key to their column."
+
+
+def _sampling(args: Args) -> Iterator[str]:
+    if args.rollout_temperature != 1.0 and not args.use_tis:  # only arguments that are made in code come here
+        yield (
+            f"--rollout-temperature {args.rollout_temperature:g} samples from another distribution than the "
+            "one that is learned, and nothing corrects for it. Add --use-tis, or use temperature 1."
+        )
 
 
 def _batches(args: Args) -> Iterator[str]:

@@ -121,6 +121,17 @@ def test_derived_defaults_follow_what_they_derive_from(parsed: Parse) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "weighted"),
+    [((), False), (("--use-tis",), True), (("--rollout-temperature", "0.8"), True)],
+)
+def test_importance_weights_are_on_where_they_are_needed(
+    parsed: Parse, flags: tuple[str, ...], weighted: bool
+) -> None:
+    args = parsed(*flags)
+    assert (args.use_tis, args.tis_clip, args.tis_clip_low) == (weighted, 2.0, 0.0)
+
+
+@pytest.mark.parametrize(
     ("gpus", "engine", "precision"), [(0, "transformers", "float32"), (8, "sglang", "bfloat16")]
 )
 def test_engine_and_precision_follow_the_machine(
@@ -152,6 +163,9 @@ def test_args_can_be_varied_in_code_and_are_checked_again(parsed: Parse) -> None
     assert dataclasses.replace(args, lr=0.5).lr == 0.5
     with pytest.raises(ArgumentsError, match="--opd-kl-coef is 0"):
         dataclasses.replace(args, opd_kl_coef=0.0)
+    with pytest.raises(ArgumentsError, match="--rollout-temperature 0.8 .*--use-tis"):
+        dataclasses.replace(args, rollout_temperature=0.8)
+    assert dataclasses.replace(args, rollout_temperature=0.8, use_tis=True).use_tis
 
 
 @pytest.mark.parametrize(
