@@ -64,7 +64,7 @@ class Sample:
     loss_mask: list[int] | None = None
     """[R], 1 where the token is trained on. None stands for all ones."""
     rollout_log_probs: list[float] | None = None
-    """[R], under the student in the engine that sampled the tokens."""
+    """[R], under the student in the engine that sampled the tokens, at the rollout temperature."""
     teacher_log_probs: torch.Tensor | None = None
     """float32 CPU tensor [R], under the teacher; written by `post_process_rewards` alone."""
     teacher_top_ids: torch.Tensor | None = None

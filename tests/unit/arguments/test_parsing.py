@@ -163,7 +163,7 @@ def test_args_can_be_varied_in_code_and_are_checked_again(parsed: Parse) -> None
     assert dataclasses.replace(args, lr=0.5).lr == 0.5
     with pytest.raises(ArgumentsError, match="--opd-kl-coef is 0"):
         dataclasses.replace(args, opd_kl_coef=0.0)
-    with pytest.raises(ArgumentsError, match="--rollout-temperature 0.8 .*--use-tis"):
+    with pytest.raises(ArgumentsError, match=r"--rollout-temperature 0\.8 .*--use-tis"):
         dataclasses.replace(args, rollout_temperature=0.8)
     assert dataclasses.replace(args, rollout_temperature=0.8, use_tis=True).use_tis
 
