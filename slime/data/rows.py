@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +62,28 @@ class RowPreparer:
     """Opens a data set, checks every row as far as that is cheap, and prepares rows on demand."""
 
     def __init__(
-        self, args: DataArgs, source: str, processor: Any, store: PictureStore, *, blank: bool = False
+        self,
+        args: DataArgs,
+        source: str,
+        processor: Any,
+        store: PictureStore,
+        *,
+        blank: bool = False,
+        teachers: Mapping[str, Collection[str]] | None = None,
     ) -> None:
+        """Read and check the rows.
+
+        Args:
+            args: the data flags.
+            source: file, folder or hub name of the rows.
+            processor: the student's.
+            store: where prepared pictures are kept.
+            blank: make every picture white.
+            teachers: entry of the metadata -> the values that it may have (`--opd-teachers`); None allows
+                all.
+        """
         self.source = source
+        self._teachers = teachers or {}
         self._args = args
         self._store = store
         self._blank = blank
@@ -127,7 +146,8 @@ class RowPreparer:
         digest = hashlib.sha256()
         for index, row in enumerate(self._rows):
             try:
-                prompt, label, _ = self._read_text(row)
+                prompt, label, metadata = self._read_text(row)
+                self._require_teacher(row, metadata)
                 pictures = [None] * self._count_pictures(row)
                 self._draft(row, prompt, pictures)
                 said = orjson.dumps([prompt, label, len(pictures)], default=str)
@@ -140,6 +160,16 @@ class RowPreparer:
         if len(self._known_bad) == len(self._rows):
             raise DataError(f"no row of {self.source} can be used; the first one: {self._known_bad[0]}")
         return digest.hexdigest()
+
+    def _require_teacher(self, row: RowRef, metadata: Mapping[str, Any]) -> None:
+        """Refuse a row that no teacher would score, now and not in the rollout that meets it."""
+        for key, names in self._teachers.items():
+            if metadata.get(key) not in names:
+                raise DataError(
+                    f"{row.file}, row {row.number}: {key} is {metadata.get(key)!r} in its metadata, and "
+                    f"--opd-teachers names {', '.join(names)}. Name a teacher for it, or choose the entry "
+                    "that names one by --opd-teacher-key."
+                )
 
     def _read_text(self, row: RowRef) -> tuple[Any, str | None, dict[str, Any]]:
         """Return (prompt, label, metadata) of a row."""

@@ -30,7 +30,8 @@ class PromptSource:
     """
 
     def __init__(self, args: Args, processor: Any, pictures: PictureStore) -> None:
-        self._preparer = RowPreparer(args, args.prompt_data, processor, pictures)
+        teachers = {args.opd_teacher_key: args.named_teachers} if args.opd_teachers else None
+        self._preparer = RowPreparer(args, args.prompt_data, processor, pictures, teachers=teachers)
         self._held: list[Picture] = []
         self._samples_per_prompt = args.n_samples_per_prompt
         self._skip = args.bad_rows == "skip"

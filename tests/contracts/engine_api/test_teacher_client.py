@@ -57,7 +57,7 @@ def answered(
     )
 
 
-async def score(args: argparse.Namespace, samples: list[Sample]) -> None:
+async def score(args: Any, samples: list[Sample]) -> None:
     try:
         answers = await asyncio.gather(*(reward_func(args, sample) for sample in samples))
     finally:

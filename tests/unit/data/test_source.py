@@ -361,3 +361,13 @@ def test_bad_row_crosses_process_borders() -> None:
         "why",
         "a.parquet, row 3: why",
     )
+
+
+def test_a_row_that_no_teacher_scores_is_refused_at_the_start(
+    processor: Any, make_args: MakeArgs, make_row: MakeRow, parquet: Write
+) -> None:
+    rows = [make_row(number, metadata={"subject": ("algebra", "music")[number]}) for number in range(2)]
+    teachers = ("--opd-teachers", "algebra=http://127.0.0.1:9/generate", "--opd-teacher-key", "subject")
+    distil = ("--use-opd", "--opd-type", "sglang", *teachers)
+    with pytest.raises(DataError, match=r"row 2: subject is 'music'.*names algebra"):
+        PromptSource(make_args(parquet(rows), *distil), processor, PictureStore())
