@@ -6,7 +6,6 @@ although student, trainer and evaluation share its result.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from dataclasses import dataclass
 from itertools import chain
@@ -40,17 +39,21 @@ class PixelSettings:
         return {"shortest_edge": self.shortest_edge, "longest_edge": self.longest_edge}
 
 
+@dataclass(frozen=True, slots=True)
+class TeacherFlags:
+    """The flags of a run that the teacher's part reads; the others have its own defaults."""
+
+    rm_url: str
+    hf_checkpoint: str
+    reward_key: str | None = None
+
+
 class OurClient:
     """Scores groups by `score_response` and `post_process_rewards`."""
 
     def __init__(self, url: str, checkpoint: Path) -> None:
         """`checkpoint` is a folder with the `config.json` that the student and the teacher share."""
-        self._args = argparse.Namespace(
-            rm_url=url + "/generate",
-            rm_urls=(url + "/generate",),
-            reward_key=None,
-            hf_checkpoint=str(checkpoint),
-        )
+        self._args = TeacherFlags(rm_url=url + "/generate", hf_checkpoint=str(checkpoint))
         self._settings = PixelSettings()
         self._turn = 0
 
@@ -85,13 +88,15 @@ class OurClient:
     def finish(self, asked: list[Sample]) -> list[torch.Tensor]:
         """Make the tensors, once all answers are there."""
         post_process_rewards(self._args, asked)
-        tensors = [sample.teacher_log_probs for sample in asked]
-        assert all(tensor is not None for tensor in tensors)
+        tensors = [sample.teacher_log_probs for sample in asked if sample.teacher_log_probs is not None]
+        assert len(tensors) == len(asked)
         return tensors
 
     def entries(self, asked: list[Sample]) -> list[int]:
         """Return how many entries each answer's list holds."""
-        return [len(sample.reward["meta_info"]["input_token_logprobs"]) for sample in asked]
+        rewards = [sample.reward for sample in asked if isinstance(sample.reward, dict)]
+        assert len(rewards) == len(asked)
+        return [len(reward["meta_info"]["input_token_logprobs"]) for reward in rewards]
 
     async def close(self) -> None:
         """Close the connections."""

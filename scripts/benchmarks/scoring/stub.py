@@ -75,7 +75,7 @@ class Stub:
             # image positions and the last id come back as 0
             expanded += [0] * image_tokens if token == pad else [token if token < last else 0]
         # a score depends on the sequence and its position alone: who asks for fewer gets the same
-        scores = -np.random.default_rng(len(tokens)).exponential(size=len(expanded)).astype(np.float32)
+        scores = -np.random.default_rng(tokens).exponential(size=len(expanded)).astype(np.float32)
         pairs = zip(scores[start:].tolist(), expanded[start:], strict=True)
         triples = [[score, token, None] for score, token in pairs]
         triples[0][0] = None

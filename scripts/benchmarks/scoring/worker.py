@@ -11,17 +11,29 @@ import asyncio
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import orjson
+import torch
 
 from scripts.benchmarks.scoring.measuring import measured, resident_bytes, tick
 from scripts.benchmarks.scoring.ours import OurClient
 from scripts.benchmarks.scoring.plain import PlainClient
-from scripts.benchmarks.scoring.workload import Shape, Vocabulary, make_groups
+from scripts.benchmarks.scoring.workload import Group, Shape, Vocabulary, make_groups
+
+T = TypeVar("T")
 
 
-async def turn(client: PlainClient | OurClient, order: dict[str, Any], resident: int) -> dict[str, Any]:
+class TeacherClient(Protocol[T]):
+    """A way to ask a teacher; T is what it keeps of a sample until all are scored."""
+
+    async def ask(self, groups: list[Group]) -> list[T]: ...
+    def finish(self, asked: list[T]) -> list[torch.Tensor]: ...
+    def entries(self, asked: list[T]) -> list[int]: ...
+    async def close(self) -> None: ...
+
+
+async def turn(client: TeacherClient[T], order: dict[str, Any], resident: int) -> dict[str, Any]:
     """Score one workload; return what it cost and what came back."""
     groups = make_groups(Shape(**order["shape"]), Vocabulary(**order["vocabulary"]), order["turn"])
     with measured(resident) as cost:
@@ -35,7 +47,7 @@ async def turn(client: PlainClient | OurClient, order: dict[str, Any], resident:
     return asdict(cost) | {"entries": client.entries(asked), "sums": sums}
 
 
-async def work(client: PlainClient | OurClient) -> None:
+async def work(client: TeacherClient[T]) -> None:
     """Take orders until the input ends."""
     loop, resident = asyncio.get_running_loop(), resident_bytes()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
@@ -51,10 +63,10 @@ def main() -> int:
     parser.add_argument("--url", required=True, help="the server, without a path")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder with the models' config.json")
     options = parser.parse_args()
-    client = (
-        PlainClient(options.url) if options.client == "plain" else OurClient(options.url, options.checkpoint)
-    )
-    asyncio.run(work(client))
+    if options.client == "plain":
+        asyncio.run(work(PlainClient(options.url)))
+    else:
+        asyncio.run(work(OurClient(options.url, options.checkpoint)))
     return 0
 
 

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 
 MERGED_PATCH = 32
 """Side in pixels of what becomes one token: patches of 16, merged two by two, as in Qwen3-VL."""
+SMALLEST_SIDE = 256
+"""Smaller pictures are enlarged by Qwen3-VL's processor."""
 PICTURE_FRAME = 3
 """Vision start, image pad, vision end."""
 
@@ -64,10 +66,10 @@ class Shape:
             ) from error
         shape = cls(side=side, prompt=prompt, response=response, groups=groups, samples=samples)
         least = shape.image_tokens + PICTURE_FRAME
-        if prompt < least or response < 1 or groups < 1 or samples < 1:
+        if side < SMALLEST_SIDE or prompt < least or response < 1 or groups < 1 or samples < 1:
             raise ValueError(
-                f"{text!r} cannot be: the picture alone takes {least} tokens of P, and R, groups and samples "
-                "are 1 or more."
+                f"{text!r} cannot be: a side has {SMALLEST_SIDE} pixels or more, the picture takes {least} "
+                "tokens of P, and R, groups and samples are 1 or more."
             )
         return shape
 
