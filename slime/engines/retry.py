@@ -6,14 +6,15 @@ from __future__ import annotations
 import random
 import time
 
-from slime.engines.errors import EngineError, EngineTimeoutError, EngineUnreachableError, HttpError
+from slime.engines.errors import EngineError, EngineUnreachableError, HttpError
 
 PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
 """Overloaded, starting up, or behind a proxy that lost it: tried for as long as patience lasts."""
 DOUBTFUL_STATUSES = frozenset({500})
-"""May pass, or be this request's own fault (a picture that the server cannot read): tried `DOUBTFUL_TRIES`
-times. A 400 is never tried again, the request itself is wrong."""
+"""May pass, or be this request's own fault (a picture that the server cannot read). A 400 is never tried
+again, the request itself is wrong."""
 DOUBTFUL_TRIES = 3
+"""How often a request is sent at most whose failure may be its own fault, or that of a server that hangs."""
 LONGEST_PAUSE = 4.0
 
 
@@ -55,9 +56,8 @@ class Retry:
         return pause if self.seconds + pause <= self._patience else None
 
     def _worth_another(self, error: EngineError) -> bool:
-        if isinstance(error, HttpError):
-            doubtful = error.status in DOUBTFUL_STATUSES and self.tries < DOUBTFUL_TRIES
-            return (doubtful and self._repeatable) or error.status in PASSING_STATUSES
-        if isinstance(error, EngineTimeoutError):
-            return self._repeatable
-        return isinstance(error, EngineUnreachableError)
+        if isinstance(error, EngineUnreachableError):
+            return True
+        if isinstance(error, HttpError) and error.status not in DOUBTFUL_STATUSES:
+            return error.status in PASSING_STATUSES
+        return self._repeatable and self.tries < DOUBTFUL_TRIES

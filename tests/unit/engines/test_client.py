@@ -116,6 +116,14 @@ async def test_a_hanging_server_meets_the_deadline(engine: FakeEngine) -> None:
             await teacher.generate(PAYLOAD)
 
 
+async def test_a_server_that_hangs_is_given_three_chances(engine: FakeEngine) -> None:
+    engine.fault = "hang"
+    async with client(engine.url, timeout=0.2, patience=60.0) as teacher:
+        with pytest.raises(EngineTimeoutError, match="3 tries"):
+            await teacher.generate(PAYLOAD)
+    assert len(engine.bodies()) == 3
+
+
 async def test_a_request_without_an_answer_is_sent_again_under_another_id(engine: FakeEngine) -> None:
     engine.fault, engine.fault_times = "hang", 1
     async with client(engine.url, timeout=0.5, patience=10.0) as teacher:
