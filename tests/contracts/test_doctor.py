@@ -530,3 +530,46 @@ def test_bad_usage_exits_with_2(capsys: pytest.CaptureFixture[str], argv: list[s
 def test_a_student_that_is_not_there_is_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--teacher-url", "http://127.0.0.1:1", "--student-path", str(tmp_path / "none")]) == 2
     assert "--student-path" in capsys.readouterr().err
+
+
+class WithoutTokenIds(Fault):
+    """Drops `return_prompt_token_ids`, as a typed gateway does."""
+
+    def answer(self, body: Json, answer: Json) -> Json:
+        answer.pop("prompt_token_ids", None)
+        return answer
+
+
+class TakesNoText(Fault):
+    """Answers text as a server with --skip-tokenizer-init does."""
+
+    async def instead(self, request: web.Request, body: Json | None) -> web.StreamResponse | None:
+        if body is None or "text" not in body:
+            return None
+        return web.json_response({"error": {"message": "no tokenizer"}}, status=400)
+
+
+@pytest.mark.parametrize("fault", [WithoutTokenIds(), TakesNoText()])
+def test_a_server_whose_tokenizer_cannot_be_asked_is_examined_by_its_files(
+    server: ServerProcess, examine: Examine, fault: Fault
+) -> None:
+    with planted(server.url, fault) as url:
+        found = examine(url)
+    assert found.code == 0, found.printed
+    assert found.checks["vocabulary"]["fault"] == "tokenizer-unseen"
+    assert found.checks["text-receipt"]["status"] == "pass"
+
+
+def test_a_slow_teacher_is_not_waited_for_forever(server: ServerProcess, examine: Examine) -> None:
+    class Slow(Fault):
+        async def instead(self, request: web.Request, body: Json | None) -> web.StreamResponse | None:
+            if body is not None:
+                await asyncio.sleep(0.3)
+            return None
+
+    with planted(server.url, Slow()) as url:
+        found = examine(url, more=("--deadline", "1.5"))
+    late = [name for name, check in found.checks.items() if check["fault"] == "out-of-time"]
+    assert len(late) == 1, found.printed
+    assert "latency" in found.skipped()
+    assert found.code == 0

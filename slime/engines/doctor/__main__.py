@@ -44,6 +44,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-max-pixels", type=int, help="as in the run")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds that one request may take")
     parser.add_argument(
+        "--deadline",
+        type=float,
+        default=60.0,
+        help="seconds after which no further check is begun, and the most that one request may take",
+    )
+    parser.add_argument(
         "--allow",
         action="append",
         default=[],
@@ -53,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome here, too")
     args = parser.parse_args(argv)
-    for name in ("max_tokens", "samples", "timeout", "image_min_pixels", "image_max_pixels"):
+    for name in ("max_tokens", "samples", "timeout", "deadline", "image_min_pixels", "image_max_pixels"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is {value:g}; it must be above 0.")
@@ -78,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"doctor: --student-path {args.student_path} cannot be used: {error}", file=sys.stderr)
         return 2
     options = Options(
-        timeout=args.timeout,
+        timeout=min(args.timeout, args.deadline),
+        deadline=args.deadline,
         max_tokens=args.max_tokens,
         samples=args.samples,
         text_only=args.text_only,

@@ -22,18 +22,23 @@ async def vocabulary(state: State) -> Finding:
         compare_vocabularies(own, files)
     text = own.vocabulary_text()
     payload = {"text": text, "sampling_params": {"max_new_tokens": 0}, "return_prompt_token_ids": True}
-    answer = await state.teacher.ask(payload)
-    theirs, ours = answer.get("prompt_token_ids"), own.encode(text)
+    try:
+        theirs = (await state.teacher.ask(payload)).get("prompt_token_ids")
+    except Fault as fault:
+        if fault.name != "http-400":  # --skip-tokenizer-init: it takes ids alone
+            raise
+        theirs = None
+    ours = own.encode(text)
     if not isinstance(theirs, list):
         state.known_ids = min(len(own.tokenizer), files.facts.vocab_size) if files else max(ours[:64]) + 1
         return Finding(
-            "the server does not return prompt_token_ids, so its tokenizer was not asked"
+            "the server does not tokenise text or does not return prompt_token_ids: its tokenizer is unseen"
             + ("; the files agree" if files else " and its files cannot be read here"),
             warning="tokenizer-unseen",
-            remedy="let return_prompt_token_ids through (a router may drop it)"
+            remedy="ask the server itself (a router may drop return_prompt_token_ids)"
             + ("" if files else "; " + UNREAD),
         )
-    if theirs != ours:
+    if theirs[-len(ours) :] != ours or len(theirs) > len(ours) + 1:  # one more: its own token of beginning
         raise _other_tokens(state, ours, theirs)
     state.known_ids = max(ours) + 1
     seen = f"{len(ours)} ids of a text with all special tokens are the student's, as the server writes them"

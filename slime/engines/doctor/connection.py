@@ -109,9 +109,9 @@ async def settings(state: State) -> Finding:
             warning="speculative",
             remedy="start the teacher without --speculative-algorithm",
         )
-    if info.get("enable_fp32_lm_head") is False and "16" in str(info.get("dtype")):
+    if info.get("enable_fp32_lm_head") is False and info.get("dtype") not in ("float32", "float"):
         return Finding(
-            f"log-probs come from a {info['dtype']} head, in steps of up to 0.125",
+            f"the head's dtype is {info.get('dtype')!r}: in bfloat16 log-probs have steps of up to 0.125",
             warning="coarse-log-probs",
             remedy="start the teacher with --enable-fp32-lm-head",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,7 @@ CHECKS = (
     Check("latency", capacity.latency, ("prefix-cache",)),
 )
 NAMES = tuple(check.name for check in CHECKS)
-ENDING_FAULTS = frozenset({"paused", "hangs", "refused", "reset", "no-answer"})
+ENDING_FAULTS = frozenset({"paused", "hangs", "refused", "reset", "no-answer", "out-of-time"})
 """After these the server answers nothing any more: further checks would only wait in vain."""
 
 
@@ -70,21 +71,34 @@ async def _examine(state: State, report: Report) -> list[Outcome]:
     outcomes: list[Outcome] = []
     good: set[str] = set()
     ended = ""
+    give_up = time.monotonic() + state.options.deadline
     async with state.teacher:
         for check in CHECKS:
-            missing = [name for name in check.needs if name not in good]
-            if ended or missing:
-                outcome = Outcome(check.name, "skip", f"not run: {ended or missing[0]} has a fault")
+            missing = [f"{name} has a fault or was not run" for name in check.needs if name not in good]
+            reason = ended or (missing[0] if missing else "")
+            if reason:
+                outcome = Outcome(check.name, "skip", f"not run: {reason}")
+            elif time.monotonic() > give_up:
+                outcome = _too_late(check, state.options.deadline)
             else:
                 outcome = await _run(check, state)
+                good |= set() if outcome.status == "FAULT" else {check.name}
             outcome = replace(outcome, teacher=state.teacher.name)
-            if outcome.status in ("pass", "warn") or (outcome.status == "skip" and not (ended or missing)):
-                good.add(check.name)
             if outcome.fault in ENDING_FAULTS:
-                ended = check.name
+                ended = f"{check.name} has ended the examination"
             outcomes.append(outcome)
             report(outcome)
     return outcomes
+
+
+def _too_late(check: Check, deadline: float) -> Outcome:
+    return Outcome(
+        check.name,
+        "warn",
+        f"not run: {deadline:g} s were over before it",
+        "out-of-time",
+        "give a larger --deadline, or see in the teacher's log why it is slow",
+    )
 
 
 async def _run(check: Check, state: State) -> Outcome:

@@ -24,6 +24,8 @@ class Options:
     """Seconds that one request may take."""
     max_tokens: int | None = None
     """The longest prompt and response, together, of the run that is to come."""
+    deadline: float = 60.0
+    """Seconds after which no further check is begun."""
     samples: int = 256
     """Samples of one rollout."""
     text_only: bool = False
