@@ -8,6 +8,7 @@ import pytest
 
 from slime.arguments import Args, parse_args
 from slime.arguments.reward import RewardArgs
+from slime.engines.doctor.__main__ import parse_args as parse_doctor_args
 from tests.fakes.launcher import REPOSITORY, Launched, Machine
 
 TRAIN = "slime.train"
@@ -209,6 +210,7 @@ def test_the_pre_flight_is_printed_between_teacher_and_training(tmp_path: Path) 
         *("--student-path", str(machine.student), "--max-tokens", "596", "--samples", "128"),
         *("--image-max-pixels", "262144", "--timeout", "120.0"),
     ]
+    assert parse_doctor_args(launched.arguments(DOCTOR)).samples == 128
     assert launched.variables(DOCTOR)["CUDA_VISIBLE_DEVICES"] == ""
     order = [words[words.index("-m") + 1] for words in launched.commands if "-m" in words]
     assert order[-3:] == [TRANSFORMERS, DOCTOR, TRAIN]

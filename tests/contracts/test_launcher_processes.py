@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,26 +15,11 @@ import pytest
 
 from slime.engines.process import free_port
 from tests.fakes.launcher import Machine
+from tests.fakes.processes import PATIENCE_SECONDS, ended, wait_until
 
 TEACHER = "slime.engines.transformers_engine"
 DOCTOR = "slime.engines.doctor"
 DRIVER = "slime.train"
-PATIENCE_SECONDS = 60.0
-
-
-def wait_until(true: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS:g} s"
-        time.sleep(0.05)
-
-
-def gone(pid: int) -> bool:
-    """Tell whether a process has ended, reaped or not."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def nothing_listens(port: int) -> bool:
@@ -84,7 +68,7 @@ def test_a_run_that_succeeds_leaves_nothing_but_its_output_folder(
     stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 0, stderr
     assert stdout.splitlines()[0] == stdout.splitlines()[-1] == f"Output folder: {machine.root}/out"
-    assert all(gone(pid) for pid in [*machine.pids(TEACHER)[1:], *machine.pids(DRIVER)])
+    assert all(ended(pid) for pid in [*machine.pids(TEACHER)[1:], *machine.pids(DRIVER)])
     assert nothing_listens(port)
     assert bystander.poll() is None
     link = machine.root / "teacher_sglang_out.log"
@@ -101,7 +85,7 @@ def test_a_signal_ends_teacher_and_driver_with_all_their_children(
     launcher.send_signal(number)
     launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == status
-    assert [pid for pid in started if not gone(pid)] == [bystander.pid]
+    assert [pid for pid in started if not ended(pid)] == [bystander.pid]
 
 
 def test_a_signal_while_the_teacher_starts_ends_it(machine: Machine) -> None:
@@ -110,7 +94,7 @@ def test_a_signal_while_the_teacher_starts_ends_it(machine: Machine) -> None:
     launcher.terminate()
     launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 143
-    assert all(gone(pid) for pid in machine.pids(TEACHER))
+    assert all(ended(pid) for pid in machine.pids(TEACHER))
     assert not machine.pids(DRIVER)
 
 
@@ -119,7 +103,7 @@ def test_a_driver_that_fails_fails_the_launcher(machine: Machine) -> None:
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1
     assert "training ended with status 3" in stderr
-    assert all(gone(pid) for pid in machine.pids(TEACHER))
+    assert all(ended(pid) for pid in machine.pids(TEACHER))
 
 
 def test_a_teacher_that_cannot_start_shows_the_end_of_its_log(machine: Machine) -> None:
@@ -136,7 +120,7 @@ def test_a_teacher_that_is_not_ready_in_time_is_ended(machine: Machine) -> None:
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1
     assert "was not ready after 1 s" in stderr
-    assert all(gone(pid) for pid in machine.pids(TEACHER))
+    assert all(ended(pid) for pid in machine.pids(TEACHER))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +142,7 @@ def test_a_teacher_that_dies_for_good_ends_the_run(
     assert sentence in stderr
     assert stdout.count("; restart ") == int(restarts)
     assert len(machine.pids(TEACHER)) == 1 + int(restarts)
-    assert all(gone(pid) for pid in [*machine.pids(TEACHER), *machine.pids(DRIVER)])
+    assert all(ended(pid) for pid in [*machine.pids(TEACHER), *machine.pids(DRIVER)])
 
 
 def test_a_teacher_that_dies_is_started_anew_and_the_run_goes_on(machine: Machine) -> None:
@@ -171,9 +155,9 @@ def test_a_teacher_that_dies_is_started_anew_and_the_run_goes_on(machine: Machin
         wait_until(lambda starts=starts: len(machine.pids(TEACHER)) == starts, "the teacher starts")
         os.kill(machine.pids(TEACHER)[-1], signal.SIGKILL)
     wait_until(lambda: len(machine.pids(TEACHER)) == 4, "the teacher starts a last time")
-    assert all(gone(pid) for pid in machine.pids("child")[:2])
-    assert not gone(machine.pids(DRIVER)[0])
-    machine.end_driver()
+    assert all(ended(pid) for pid in machine.pids("child")[:2])
+    assert not ended(machine.pids(DRIVER)[0])
+    machine.let_end()
     stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 0, stderr
     announced = [line for line in stdout.splitlines() if "; restart " in line]
@@ -182,7 +166,7 @@ def test_a_teacher_that_dies_is_started_anew_and_the_run_goes_on(machine: Machin
         assert f"restart {number} of 3. Its log goes on in {log}" in line
     assert "the stand-in fails on purpose" in stderr
     assert len(set(machine.starts(TEACHER))) == 1
-    assert all(gone(pid) for pid in [*machine.pids(TEACHER), *machine.pids("child")])
+    assert all(ended(pid) for pid in [*machine.pids(TEACHER), *machine.pids("child")])
 
 
 def test_a_teacher_is_not_started_anew_while_its_port_is_taken(machine: Machine) -> None:
@@ -211,7 +195,7 @@ def test_a_restarted_teacher_that_is_not_ready_in_time_ends_the_run(machine: Mac
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1
     assert "was not ready again within 5 s (SLIME_SCRIPT_TEACHER_TIMEOUT)" in stderr
-    assert all(gone(pid) for pid in [*machine.pids(TEACHER), *machine.pids(DRIVER)])
+    assert all(ended(pid) for pid in [*machine.pids(TEACHER), *machine.pids(DRIVER)])
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -226,7 +210,7 @@ def test_a_signal_while_a_restart_is_under_way_ends_everything(
     launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == status
     left = [*machine.pids(TEACHER), *machine.pids(DRIVER), *machine.pids("child")]
-    assert all(gone(pid) for pid in left)
+    assert all(ended(pid) for pid in left)
 
 
 @pytest.mark.parametrize(("driver", "status"), [("end on a signal of the test", 0), ("fail later", 1)])
@@ -237,11 +221,11 @@ def test_training_that_ends_while_the_teacher_is_away_ends_the_run(
     wait_until(lambda: machine.pids(DRIVER), "the driver starts")
     os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
     wait_until(lambda: len(machine.pids(TEACHER)) == 2, "the teacher starts again")
-    machine.end_driver()
+    machine.let_end()
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == status, stderr
     assert ("training ended with status 3" in stderr) == (status == 1)
-    assert all(gone(pid) for pid in machine.pids(TEACHER))
+    assert all(ended(pid) for pid in machine.pids(TEACHER))
 
 
 def test_the_pre_flight_comes_between_teacher_and_training_and_a_fault_ends_the_run(machine: Machine) -> None:
@@ -252,7 +236,19 @@ def test_the_pre_flight_comes_between_teacher_and_training_and_a_fault_ends_the_
     assert "the stand-in fails on purpose" in stdout
     assert "did not pass the pre-flight" in stderr
     assert not machine.pids(DRIVER)
-    assert all(gone(pid) for pid in machine.pids(TEACHER))
+    assert all(ended(pid) for pid in machine.pids(TEACHER))
+
+
+def test_a_teacher_that_dies_in_the_pre_flight_shows_the_end_of_its_log(machine: Machine) -> None:
+    launcher = launch(machine, doctor="fail later")
+    wait_until(lambda: machine.pids(DOCTOR), "the doctor starts")
+    os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
+    wait_until(lambda: ended(machine.pids(TEACHER)[0]), "the teacher is gone")
+    machine.let_end()
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "--- last lines of" in stderr
+    assert not machine.pids(DRIVER)
 
 
 def test_the_pre_flight_can_be_left_out(machine: Machine) -> None:

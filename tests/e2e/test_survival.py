@@ -9,7 +9,7 @@ import psutil
 
 from slime.engines.process import free_port
 from tests.fakes.jobs import arguments, launched, running, start_teacher
-from tests.fakes.servers import kill_with_requests
+from tests.fakes.processes import kill_with_requests
 
 DRIVER = r"-m slime\.train"
 ROLLOUTS = 3

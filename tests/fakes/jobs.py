@@ -151,9 +151,10 @@ def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
 
 @contextmanager
 def launched(output_dir: Path, data: Path, **knobs: str) -> Iterator[Job]:
-    """Start the launcher on as small a job, with `SLIME_SCRIPT_<knob>` set and nothing of it faked."""
+    """Start the launcher on as small a job, with `SLIME_SCRIPT_<knob>` set; teacher and driver are real."""
     knobs = {
         "SKIP_SETUP": "1",
+        "SKIP_DOCTOR": "1",
         "DATASET_NAME": str(data),
         "OUTPUT_DIR": str(output_dir),
         "ROLLOUT_BATCH_SIZE": "4",

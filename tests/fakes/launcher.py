@@ -175,8 +175,8 @@ class Machine:
         """Return the admin key and the arguments of each process that played `name` so far."""
         return [line.split(maxsplit=1)[1] for line in self._notes(name)]
 
-    def end_driver(self) -> None:
-        """Let a driver that plays "end on a signal of the test" succeed."""
+    def let_end(self) -> None:
+        """Let whoever plays "end on a signal of the test" succeed, and "fail later" fail."""
         (self.stage / "end").touch()
 
     def _notes(self, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a test does to a living server: hold it while requests reach it, then kill it under them."""
+"""What tests do to processes: wait for one to end; hold a server while requests reach it, then kill it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ from pathlib import Path
 import psutil
 
 ESTABLISHED = "01"
+PATIENCE_SECONDS = 60.0
 HOLD_SECONDS = 120.0
+
+
+def wait_until(true: Callable[[], object], what: str) -> None:
+    """Return once `true()` holds; fail where it takes longer than a minute."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS:g} s"
+        time.sleep(0.05)
+
+
+def ended(pid: int) -> bool:
+    """Tell whether a process has ended, reaped or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def kill_with_requests(server: psutil.Process, port: int, going_on: Callable[[], bool]) -> None:
