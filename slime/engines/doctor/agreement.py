@@ -79,7 +79,7 @@ async def chat_template(state: State) -> Finding:
 async def picture_processor(state: State) -> Finding:
     """Both image processors make the same pixels and grids."""
     if not state.pictures:
-        return Finding(_no_pictures(state), skipped=True)
+        return Finding(state.why_no_pictures, skipped=True)
     if not state.with_student:
         return Finding("no --student-path", skipped=True)
     if state.files is None:
@@ -92,7 +92,7 @@ async def picture_processor(state: State) -> Finding:
 async def picture_sizes(state: State) -> Finding:
     """Small, odd and large pictures, prepared on our side, are left alone by the server."""
     if not state.pictures:
-        return Finding(_no_pictures(state), skipped=True)
+        return Finding(state.why_no_pictures, skipped=True)
     response = state.own.response(state.known_ids)[:4]
     limits = [limit for limit in (state.context, state.options.max_tokens) if limit is not None]
     room = min(limits) - TEXT_ROOM if limits else None
@@ -108,9 +108,3 @@ async def picture_sizes(state: State) -> Finding:
             raise Fault(fault.name, message, fault.remedy) from fault
         shown.append(f"{picture.image.width}x{picture.image.height} = {picture.tokens}")
     return Finding(f"{', '.join(shown)} tokens, as we count")
-
-
-def _no_pictures(state: State) -> str:
-    if state.options.text_only:
-        return "no pictures: --text-only"
-    return "no pictures: " + ("the student" if not state.own.sees else "the teacher") + " has no vision"

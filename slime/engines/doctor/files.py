@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from slime.engines.doctor.material import Material, render
 from slime.engines.doctor.outcome import Fault, Finding
@@ -126,7 +126,7 @@ def compare_templates(material: Material, teacher: CheckpointFiles) -> Finding:
             warning="template-differs-elsewhere",
             remedy="compare both chat_template.jinja where the data use system prompts, tools or many turns",
         )
-    return Finding("the student's" if ours else "neither checkpoint has one")
+    return Finding("both write the probe alike" if ours else "neither checkpoint has one")
 
 
 def compare_image_processors(material: Material, teacher: CheckpointFiles) -> Finding:

@@ -59,7 +59,7 @@ class Material:
         self.sees = self.processor.image_processor is not None and self.facts.image_token_id is not None
         self._nonce = secrets.token_bytes(8)
         if self.sees:
-            size = self.processor.image_processor.size
+            size: Any = self.image_processor.size
             self.low = max(size["shortest_edge"], min_pixels or 0)
             self.high = min(size["longest_edge"], max_pixels or size["longest_edge"])
             if self.low > self.high:
@@ -67,6 +67,11 @@ class Material:
                     f"--image-min-pixels and --image-max-pixels leave no size between {self.low} and "
                     f"{self.high}"
                 )
+
+    @property
+    def image_processor(self) -> Any:
+        """The student's; None where it does not see."""
+        return self.processor.image_processor
 
     # ---- text ----
 
@@ -137,7 +142,7 @@ class Material:
 
     def sizes(self, most_tokens: int | None) -> list[tuple[int, float]]:
         """Return (pixels, ratio) of a small, an odd and a large picture within the limits."""
-        side = self.processor.image_processor.patch_size * self.processor.merge_size
+        side = self.image_processor.patch_size * self.processor.merge_size
         large = min(self.high, LARGEST_PROBE_PIXELS)
         if most_tokens is not None:
             large = min(large, max(most_tokens * side**2, self.low))
@@ -146,15 +151,14 @@ class Material:
 
     def _size(self, pixels: int, ratio: float) -> tuple[int, int]:
         """Return (height, width) by the processor's own rule."""
-        processor = self.processor.image_processor
-        side = processor.patch_size * processor.merge_size
+        side = self.image_processor.patch_size * self.processor.merge_size
         pixels = min(max(pixels, self.low), self.high)
         height = max(round(math.sqrt(pixels / ratio)), 1)
         width = max(round(height * ratio), 1)
         return smart_resize(height, width, factor=side, min_pixels=self.low, max_pixels=self.high)
 
     def _prepared(self, image: Image.Image) -> Picture:
-        grid = self.processor.image_processor(images=[image])["image_grid_thw"][0]
+        grid = self.image_processor(images=[image])["image_grid_thw"][0]
         tokens = image_tokens([int(side) for side in grid], self.processor.merge_size)
         return Picture(image, encode_image_for_rollout_engine(image), tokens)
 

@@ -30,7 +30,7 @@ async def text_receipt(state: State) -> Finding:
 async def image_receipt(state: State) -> Finding:
     """So do those behind a picture, whose tokens are counted as we count them."""
     if not state.pictures:
-        return Finding("no pictures", skipped=True)
+        return Finding(state.why_no_pictures, skipped=True)
     picture = state.own.picture()
     probe = state.probe([picture])
     started = time.perf_counter()
@@ -79,15 +79,18 @@ async def prefix_cache(state: State) -> Finding:
     page = state.server_info.get("page_size")
     page = page if isinstance(page, int) and page > 0 else 1
     reusable = (probe.prompt_length - 1) // page * page
-    seen = f"{other.cached_tokens} of {reusable} reusable tokens were cached, picture included"
+    seen = f"{other.cached_tokens} of {reusable} reusable tokens were cached"
     values = {"cached_tokens": other.cached_tokens, "prompt_tokens": probe.prompt_length}
     if other.cached_tokens >= reusable:
-        return Finding(seen + f"; repeated scores differ by {state.noise[1]:.1g} at most", values=values)
+        included = ", the picture's among them" if state.picture else ""
+        return Finding(
+            f"{seen}{included}; repeated scores differ by {state.noise[1]:.1g} at most", values=values
+        )
     remedy = "start SGLang without --disable-radix-cache"
     if state.server_info.get("engine") == "transformers":
         remedy = "the transformers engine keeps none between requests; an SGLang server does"
     return Finding(
-        f"{seen.removesuffix(', picture included')}: every sample of a group pays for the prompt again",
+        f"{seen}: every sample of a group pays for the prompt again",
         warning="no-prefix-cache" if not other.cached_tokens else "prefix-cache-partial",
         remedy=remedy,
         values=values,
@@ -97,7 +100,7 @@ async def prefix_cache(state: State) -> Finding:
 async def sees(state: State) -> Finding:
     """A blank picture in its place moves the log-probs."""
     if state.picture is None or state.cold is None:
-        return Finding("no pictures", skipped=True)
+        return Finding(state.why_no_pictures, skipped=True)
     blank = await state.score(state.probe([state.own.blank(state.picture)]))
     mean, largest = difference(state.cold.log_probs, blank.log_probs)
     seen = f"a blank picture moves log-probs by {largest:.3g} at most, {mean:.3g} on average"

@@ -72,6 +72,13 @@ class State:
         return self.material
 
     @property
+    def why_no_pictures(self) -> str:
+        """Why the checks of pictures are left out."""
+        if self.options.text_only:
+            return "no pictures: --text-only"
+        return f"no pictures: the {'teacher' if self.own.sees else 'student'} has no vision"
+
+    @property
     def vocab_size(self) -> int:
         """The teacher's, or the student's where the teacher's is not known."""
         return self.files.facts.vocab_size if self.files else self.own.facts.vocab_size

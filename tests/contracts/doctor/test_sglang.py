@@ -7,14 +7,10 @@ import pytest
 
 from slime.engines.doctor.__main__ import main
 from slime.engines.process import ServerProcess
-from tests.contracts.reference import Http, running_sglang
-from tests.contracts.test_doctor import (
-    PLANTED,
-    TEACHER,
-    Examine,
-    examine,  # noqa: F401 (a fixture)
-)
+from tests.contracts.doctor.support import TEACHER, Examine
+from tests.contracts.reference import MODEL, Http, running_sglang
 from tests.fakes.planting_proxy import planted
+from tests.fakes.teacher_faults import PLANTED
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -28,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield server
 
 
-def test_it_is_healthy_without_a_warning(server: ServerProcess, examine: Examine) -> None:  # noqa: F811
+def test_it_is_healthy_without_a_warning(server: ServerProcess, examine: Examine) -> None:
     found = examine(server.url, more=("--max-tokens", "1000"))
     assert found.code == 0, found.printed
     assert {check["status"] for check in found.checks.values()} == {"pass"}, found.printed
@@ -37,7 +33,7 @@ def test_it_is_healthy_without_a_warning(server: ServerProcess, examine: Examine
     assert found.checks["same-model"]["values"]["kl"] > 0.1
 
 
-def test_it_as_its_own_student_has_nothing_to_learn(server: ServerProcess, examine: Examine) -> None:  # noqa: F811
+def test_it_as_its_own_student_has_nothing_to_learn(server: ServerProcess, examine: Examine) -> None:
     found = examine(server.url, student=TEACHER)
     assert found.code == 0, found.printed
     assert found.checks["same-model"]["fault"] == "same-weights"
@@ -46,7 +42,7 @@ def test_it_as_its_own_student_has_nothing_to_learn(server: ServerProcess, exami
 @pytest.mark.parametrize("name", SHARED_FAULTS)
 def test_a_planted_fault_is_named_as_before_our_engine(
     server: ServerProcess,
-    examine: Examine,  # noqa: F811
+    examine: Examine,
     name: str,
 ) -> None:
     fault, check, fault_name = PLANTED[name]
@@ -56,7 +52,7 @@ def test_a_planted_fault_is_named_as_before_our_engine(
     assert found.code == 1
 
 
-def test_a_pause_is_named(server: ServerProcess, examine: Examine) -> None:  # noqa: F811
+def test_a_pause_is_named(server: ServerProcess, examine: Examine) -> None:
     http = Http(server)
     http.control("/pause_generation", {"mode": "retract"})
     try:
@@ -69,8 +65,7 @@ def test_a_pause_is_named(server: ServerProcess, examine: Examine) -> None:  # n
 def test_the_server_outlives_the_examination_with_a_student_of_more_tokens(
     server: ServerProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    student = Path(__file__).parent / "engine_api" / "model_a"
-    argv = ["--teacher-url", server.url, "--student-path", str(student)]
+    argv = ["--teacher-url", server.url, "--student-path", str(MODEL)]
     assert main([*argv, "--json", str(tmp_path / "found.json")]) == 1
     assert "[vocabulary-small]" in capsys.readouterr().out
     assert Http(server)("/ready")[0] == 200
