@@ -137,8 +137,7 @@ def _train_reward(sample: Sample) -> float:
     if "train_reward" not in sample.metadata:
         raise ValueError(
             f"sample {sample.index} has no metadata['train_reward']; rewards are post-processed before "
-            "training, and pure "
-            "distillation sets it to 0."
+            "training, and pure distillation sets it to 0."
         )
     return float(sample.metadata["train_reward"])
 
@@ -164,10 +163,8 @@ def _to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSam
     if args.use_opd and sample.teacher_log_probs is None:
         raise ValueError(
             f"sample {sample.index} ({sample.response_length} response tokens) has no teacher_log_probs and "
-            "--use-opd is "
-            "set; the post-processing named by --custom-reward-post-process-path must write them, or mark "
-            "the sample "
-            "as failed."
+            "--use-opd is set; the post-processing named by --custom-reward-post-process-path must write "
+            "them, or mark the sample as failed."
         )
     if args.use_tis and sample.rollout_log_probs is None:
         raise ValueError(
@@ -205,8 +202,7 @@ def _log_probs(sample: Sample, name: str, mask: Tensor) -> Tensor | None:
         position = int((~tensor.isfinite()).nonzero()[0])
         raise ValueError(
             f"sample {sample.index} has {name}[{position}] = {tensor[position].item()} on a token that is "
-            "trained on; "
-            "log-probs must be finite."
+            "trained on; log-probs must be finite."
         )
     return tensor
 

@@ -232,8 +232,7 @@ def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], wid
         if response >= length:
             raise ValueError(
                 f"sample {sample.index} has {length} tokens, {response} of them response; the first response "
-                "token needs "
-                "a prompt token before it."
+                "token needs a prompt token before it."
             )
         positions.append(torch.arange(length - response - 1, length - 1) + row * width)
         ids.append(tokens[length - response :])

@@ -19,8 +19,7 @@ def reverse_kl(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     if log_probs.shape != teacher_log_probs.shape:
         raise ValueError(
             f"student log-probs {tuple(log_probs.shape)} and teacher log-probs "
-            f"{tuple(teacher_log_probs.shape)} given; "
-            "both must cover exactly the response tokens."
+            f"{tuple(teacher_log_probs.shape)} given; both must cover exactly the response tokens."
         )
     return log_probs.detach() - teacher_log_probs.detach()
 

@@ -38,8 +38,7 @@ def chunked_log_probs(
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
             f"hidden states {tuple(hidden.shape)} and LM head {tuple(head.shape)} given; [P, H] and [V, H] "
-            "with the "
-            "same H are needed."
+            "with the same H are needed."
         )
     if ids.ndim != 2 or ids.shape[0] != hidden.shape[0]:
         raise ValueError(

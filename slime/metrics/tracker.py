@@ -76,8 +76,8 @@ class Tracker:
         if difference > APART_NATS:
             self.say(
                 f"Warning: engine and trainer are {difference:.2f} nats a token apart on what the engine "
-                "sampled; "
-                "the engine may hold other weights than were published, or compute in a coarser precision."
+                "sampled; the engine may hold other weights than were published, or compute in a coarser "
+                "precision."
             )
 
     def log_eval(self, rollout_id: int, step: int, metrics: Mapping[str, float], who: str) -> float:

@@ -70,8 +70,7 @@ class EngineActor(Actor):
             if not server.alive:
                 raise RuntimeError(
                     f"the student's engine at {server.url} ended with exit status {server.returncode}. The "
-                    "end of "
-                    f"its log, {server.log_path}:\n{server.log_tail()}"
+                    f"end of its log, {server.log_path}:\n{server.log_tail()}"
                 )
 
     @ray.method(concurrency_group="control")

@@ -161,8 +161,7 @@ def _scheduling(cluster: Cluster) -> list[PlacementGroupSchedulingStrategy | Non
     if not group.wait(SCHEDULE_SECONDS):
         raise RuntimeError(
             f"Ray found no {resources.num_nodes} nodes with {per_node} free GPUs each for --actor-num-nodes "
-            "and "
-            f"--actor-num-gpus-per-node within {SCHEDULE_SECONDS:g} s; look at `ray status`."
+            f"and --actor-num-gpus-per-node within {SCHEDULE_SECONDS:g} s; look at `ray status`."
         )
     return [
         PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank // per_node)

@@ -77,16 +77,14 @@ def plan_resources(args: ResourceArgs, num_gpus: int) -> Resources:
     if ranks + rollout > num_gpus and not shared:
         raise ValueError(
             f"Ray sees {num_gpus} GPUs; {ranks} training ranks (--actor-num-nodes x "
-            "--actor-num-gpus-per-node) and "
-            f"--rollout-num-gpus {rollout} need {ranks + rollout}. Lower one of them; sharing GPUs needs "
-            "--colocate, "
-            "which has not landed, or one GPU and --engine transformers."
+            f"--actor-num-gpus-per-node) and --rollout-num-gpus {rollout} need {ranks + rollout}. Lower one "
+            "of them; sharing GPUs needs --colocate, which has not landed, or one GPU and --engine "
+            "transformers."
         )
     if not external and (rollout < 1 or rollout % per_engine):
         raise ValueError(
-            f"{rollout} GPUs are left to generate, which --rollout-num-gpus-per-engine {per_engine} does "
-            "not divide "
-            "into engines. Change it, --rollout-num-gpus or --actor-num-gpus-per-node."
+            f"{rollout} GPUs are left to generate, which --rollout-num-gpus-per-engine {per_engine} does not "
+            "divide into engines. Change it, --rollout-num-gpus or --actor-num-gpus-per-node."
         )
     return Resources(
         num_ranks=ranks,

@@ -150,8 +150,8 @@ class Rewards:
         if not isinstance(values, torch.Tensor):
             name = self._args.custom_reward_post_process_path
             raise ValueError(
-                f"--use-opd is set and {name} left sample.teacher_log_probs {values!r:.100}; it must write "
-                "a float32 tensor [response_length]. See "
+                f"--use-opd is set and {name} left sample.teacher_log_probs {values!r:.100}; it must write a "
+                "float32 tensor [response_length]. See "
                 "slime.rollout.on_policy_distillation.post_process_rewards."
             )
         if tuple(values.shape) != (sample.response_length,) or not bool(torch.isfinite(values).all()):

@@ -97,10 +97,9 @@ def _check_names(written: set[str], checkpoint: Path) -> None:
     if missing or unknown:
         raise RuntimeError(
             f"the trainer's weights are not those of {checkpoint}: {len(missing)} tensors of the checkpoint "
-            "are "
-            f"missing ({', '.join(missing[:3])}), {len(unknown)} are unknown to it "
-            f"({', '.join(unknown[:3])}). "
-            "The backend must yield the names of the checkpoint's safetensors files."
+            f"are missing ({', '.join(missing[:3])}), {len(unknown)} are unknown to it "
+            f"({', '.join(unknown[:3])}). The backend must yield the names of the checkpoint's safetensors "
+            "files."
         )
 
 

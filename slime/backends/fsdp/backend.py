@@ -93,8 +93,7 @@ class FsdpBackend:
         if model == "teacher":
             raise ValueError(
                 "--opd-type megatron loads the teacher inside Megatron; with --train-backend fsdp serve it "
-                "and use "
-                "--opd-type sglang."
+                "and use --opd-type sglang."
             )
         if self._reference is None:
             raise ValueError("the reference model is loaded only with --kl-loss-coef above 0; set it.")

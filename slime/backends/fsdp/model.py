@@ -52,8 +52,7 @@ class PolicyModel(nn.Module):
             if batch.picture_rows:
                 raise ValueError(
                     f"samples {batch.sample_indices} carry pictures and {type(self.hf).__name__} has no "
-                    "vision tower; "
-                    "train a vision-language model, or drop --multimodal-keys."
+                    "vision tower; train a vision-language model, or drop --multimodal-keys."
                 )
             return model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
