@@ -7,7 +7,7 @@ from typing import Any
 from slime.engines.doctor.files import read_checkpoint
 from slime.engines.doctor.material import Material
 from slime.engines.doctor.outcome import Fault, Finding
-from slime.engines.doctor.state import State
+from slime.engines.doctor.state import Options, State
 from slime.engines.doctor.teacher import START_REMEDY, html_page, unauthorized
 
 
@@ -38,8 +38,7 @@ async def reachable(state: State) -> Finding:
 async def model(state: State) -> Finding:
     """It serves a generating model that sees, where the run needs that."""
     state.model_info = (await state.teacher.page("/model_info")).json()
-    page = await state.teacher.page("/server_info")
-    state.server_info = page.json() if page.status == 200 else {}
+    state.server_info = await _optional(state, "/server_info")
     state.context = await _context_length(state)
     info = state.model_info
     if info.get("is_generation") is False:
@@ -57,8 +56,7 @@ async def model(state: State) -> Finding:
                 f"the teacher's checkpoint {path!r} cannot be read here, so there is no tokenizer for probes",
                 "give --student-path, or --teacher-path where the teacher's files lie",
             )
-        options = state.options
-        state.material = Material(path, options.min_pixels, options.max_pixels)
+        state.material = _teachers_own(path, state.options)
     sees = info.get("has_image_understanding")
     wanted = state.own.sees and not state.options.text_only
     if wanted and sees is False and state.with_student:
@@ -76,10 +74,26 @@ async def model(state: State) -> Finding:
     )
 
 
+def _teachers_own(path: str, options: Options) -> Material:
+    """Return probes made of the teacher's checkpoint, where there is no student's."""
+    try:
+        return Material(path, options.min_pixels, options.max_pixels)
+    except (OSError, ValueError) as error:
+        raise Fault("no-checkpoint", f"{path}: {error}", "give --student-path") from error
+
+
+async def _optional(state: State, path: str) -> dict[str, Any]:
+    """Return a page that a server need not have; nothing where it is no JSON object."""
+    page = await state.teacher.page(path)
+    try:
+        return page.json()
+    except Fault:
+        return {}
+
+
 async def _context_length(state: State) -> int | None:
     """Return the context length that the server names: `/v1/models` has it resolved, `/server_info` may."""
-    page = await state.teacher.page("/v1/models")
-    models: Any = page.json().get("data") if page.status == 200 and not page.is_html else None
+    models = (await _optional(state, "/v1/models")).get("data")
     if isinstance(models, list) and models and isinstance(models[0], dict):
         length = models[0].get("max_model_len")
         if isinstance(length, int):

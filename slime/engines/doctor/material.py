@@ -59,9 +59,8 @@ class Material:
         self.sees = self.processor.image_processor is not None and self.facts.image_token_id is not None
         self._nonce = secrets.token_bytes(8)
         if self.sees:
-            size: Any = self.image_processor.size
-            self.low = max(size["shortest_edge"], min_pixels or 0)
-            self.high = min(size["longest_edge"], max_pixels or size["longest_edge"])
+            low, high = _limits(checkpoint, self.image_processor)
+            self.low, self.high = max(low, min_pixels or 0), min(high, max_pixels or high)
             if self.low > self.high:
                 raise ValueError(
                     f"--image-min-pixels and --image-max-pixels leave no size between {self.low} and "
@@ -161,6 +160,18 @@ class Material:
         grid = self.image_processor(images=[image])["image_grid_thw"][0]
         tokens = image_tokens([int(side) for side in grid], self.processor.merge_size)
         return Picture(image, encode_image_for_rollout_engine(image), tokens)
+
+
+def _limits(checkpoint: str, processor: Any) -> tuple[int, int]:
+    """Return the smallest and largest area that a processor leaves alone."""
+    size = dict(processor.to_dict().get("size") or {})
+    low, high = size.get("shortest_edge"), size.get("longest_edge")
+    if not isinstance(low, int) or not isinstance(high, int):
+        raise ValueError(
+            f"the image processor of {checkpoint} has the size {size}; shortest_edge and longest_edge, "
+            "in pixels, are needed as Qwen-VL has them."
+        )
+    return low, high
 
 
 def render(processor: Any, pictures: int) -> str:

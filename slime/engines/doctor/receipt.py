@@ -86,12 +86,18 @@ def read_scores(answer: JsonDict, probe: Probe, start: int | None = None) -> Sco
             "log-probs are shifted against their ids",
             "use an SGLang server; its first entry is always null",
         )
-    return Scores(log_probs, len(triples), meta.get("cached_tokens") or 0)
+    return Scores(log_probs, len(triples), _count(meta, "cached_tokens"))
+
+
+def _count(meta: JsonDict, key: str) -> int:
+    """Return a number that the server may leave out."""
+    value = meta.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def _check_picture(meta: JsonDict, probe: Probe) -> None:
-    seen, expected = meta.get("image_tokens") or 0, probe.image_tokens
-    grew = (meta.get("prompt_tokens") or 0) - probe.length
+    seen, expected = _count(meta, "image_tokens"), probe.image_tokens
+    grew = _count(meta, "prompt_tokens") - probe.length
     if not expected or (seen == expected and grew == 0):
         return
     counted = (

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from slime.engines.doctor.files import fingerprint, weight_files
@@ -21,6 +22,8 @@ from slime.engines.doctor.state import State
 
 SMALL_BYTES = 64 * 2**20
 SAME_KL = 1e-3
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+"""What transformers raises on a checkpoint that it cannot use."""
 NOTHING = "choose another teacher or student; with these every step is zero"
 
 
@@ -51,7 +54,14 @@ async def same_model(state: State) -> Finding:
 async def _by_kl(state: State) -> Finding:
     pictures = [state.picture] if state.picture else []
     probes = [probe for probe, _ in state.samples]
-    student = await asyncio.to_thread(local_log_probs, state.own, pictures, probes)
+    try:
+        student = await asyncio.to_thread(local_log_probs, state.own, pictures, probes)
+    except LOAD_ERRORS as error:
+        return Finding(
+            f"the student cannot be run here: {type(error).__name__}: {str(error)[:200]}",
+            warning="student-unrun",
+            remedy="see that --student-path loads with transformers",
+        )
     teacher = [value for _, log_probs in state.samples for value in log_probs]
     kl = kl_estimate(teacher, student)
     seen = f"KL(teacher, student) is {kl:.2g} over {len(teacher)} tokens that the teacher sampled"

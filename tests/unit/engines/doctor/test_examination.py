@@ -1,5 +1,6 @@
 """What is compared without a server: large students, text-only ones, scores that should be equal."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def test_the_student_here_scores_as_transformers_does() -> None:
     ours = torch.tensor(local_log_probs(material, [picture], [probe, probe]))
     expected = Reference(Path(STUDENT)).log_probs([*probe.prompt, *response], [picture.image], len(response))
     torch.testing.assert_close(ours, torch.cat([expected, expected]), atol=1e-4, rtol=0)
+
+
+async def test_a_student_that_does_not_load_is_a_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "student"
+    shutil.copytree(STUDENT, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    state = state_of(str(broken), TEACHER)
+    state.samples = [(state.own.probe([], (20, 21), 130), [-1.0, -2.0])]
+    assert (await same_model(state)).warning == "student-unrun"
 
 
 @pytest.fixture

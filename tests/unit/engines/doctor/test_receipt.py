@@ -1,8 +1,11 @@
 """What an answer may look like, and the cause that is named where it does not."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slime.engines.doctor.outcome import Fault
 from slime.engines.doctor.receipt import Probe, read_scores
@@ -109,3 +112,22 @@ def test_only_the_last_id_may_come_back_as_0() -> None:
     larger = Probe(PICTURE.prompt, PICTURE.response, PICTURE.images, PICTURE.image_tokens, vocab_size=200)
     with pytest.raises(Fault, match="clipped"):
         read_scores(good(larger), larger)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 200) | st.floats(-30, 1) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+KEYS = ("finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "input_token_logprobs")
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON), probe=st.sampled_from([TEXT, PICTURE]))
+def test_whatever_a_server_answers_is_scores_or_a_named_fault(changes: dict[str, Any], probe: Probe) -> None:
+    with suppress(Fault):
+        assert len(read_scores(spoiled(probe, **changes), probe).log_probs) == len(probe.response)
+
+
+@given(rows=st.lists(st.lists(JSON, min_size=2, max_size=3), min_size=5, max_size=5))
+def test_whatever_the_triples_hold_is_scores_or_a_named_fault(rows: list[list[Any]]) -> None:
+    with suppress(Fault):
+        read_scores(spoiled(TEXT, input_token_logprobs=rows), TEXT)
