@@ -12,7 +12,7 @@ from tests.fakes.jobs import arguments, launched, running, start_teacher
 from tests.fakes.processes import kill_with_requests
 
 DRIVER = r"-m slime\.train"
-ROLLOUTS = 3
+ROLLOUTS = 6
 SAMPLES = 8
 """Of one rollout: 4 prompts by 2 answers."""
 
