@@ -127,6 +127,8 @@ class EngineClient:
                 if not (isinstance(error, HttpError) and error.status < 500):
                     self._leave_out(replica)
                 pause = retry.pause(error, elsewhere=self._replicas.elsewhere(replica))
+                if pause is None and retry.tries == 1:
+                    raise
                 if pause is None:
                     raise self._last(error, replica.endpoint.generate_url, retry) from error
                 await asyncio.sleep(pause)
@@ -207,8 +209,6 @@ class EngineClient:
 
     def _last(self, error: EngineError, url: str, retry: Retry) -> EngineError:
         """Word the error that ends the tries."""
-        if retry.tries == 1:
-            return error
         tried = f"{retry.tries} tries in {retry.seconds:.0f} s"
         if isinstance(error, HttpError):
             return HttpError(url, error.status, error.body, f"{tried}. {self._remedy}")
@@ -253,6 +253,8 @@ class EngineClient:
                 return await self._transport.send(method, url, body, self._admin_key, self._timeout)
             except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
                 pause = retry.pause(error, elsewhere=False)
+                if pause is None and retry.tries == 1:
+                    raise
                 if pause is None:
                     raise self._last(error, url, retry) from error
                 await asyncio.sleep(pause)

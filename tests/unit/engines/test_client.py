@@ -73,6 +73,7 @@ async def test_a_final_status_is_raised_at_once_with_url_status_and_body(
     assert engine.url in str(caught.value)
     assert "See teacher.log." in str(caught.value)
     assert len(engine.bodies()) == 1
+    assert caught.value.__cause__ is not caught.value
 
 
 @pytest.mark.parametrize("fault", ["408", "429", "500", "502", "503", "504", "reset"])
