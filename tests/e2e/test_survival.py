@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,7 @@ def assert_nothing_lost(folder: Path) -> None:
         assert record["teacher/failed_samples"] == 0
         assert record["teacher/misaligned_samples"] == 0
         assert record["teacher/aligned_frac"] == 1
-        assert record["opd_kl_loss"] > 0
+        assert math.isfinite(record["opd_kl_loss"])
 
 
 def test_the_launchers_teacher_is_killed_twice_and_the_run_loses_nothing(data, tmp_path: Path):
