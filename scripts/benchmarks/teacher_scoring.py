@@ -22,7 +22,7 @@ from pathlib import Path
 
 import orjson
 
-from scripts.benchmarks.scoring.report import CLIENT_ROWS, SGLANG_ROWS, STUB_ROWS, Record, table
+from scripts.benchmarks.scoring.report import SGLANG_ROWS, STUB_ROWS, Record, table
 from scripts.benchmarks.scoring.servers import Server, sglang_server, stub_server
 from scripts.benchmarks.scoring.workload import Shape
 from slime.engines.process import PROJECT_ROOT
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         for shape, records in zip(shapes, compare(server, shapes, options.rounds), strict=True):
             if not options.sglang:
                 require_same_scores(records)
-            rows = CLIENT_ROWS + (SGLANG_ROWS if options.sglang else STUB_ROWS)
+            rows = SGLANG_ROWS if options.sglang else STUB_ROWS
             say(table(shape, rows, records["plain"], records["ours"]) + "\n")
             results.append({"shape": asdict(shape), "records": records})
     if options.json:

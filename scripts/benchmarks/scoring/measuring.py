@@ -30,7 +30,7 @@ class Cost:
     lags: list[float] = field(default_factory=list)
     """Seconds that each tick came late."""
     own_lags: list[float] = field(default_factory=list)
-    """The part of each lag in which the process was busy itself; the rest other processes took."""
+    """The part of each lag in which the loop's thread computed; the rest it waited for a core."""
 
 
 def resident_bytes() -> int:
@@ -55,11 +55,11 @@ async def tick(cost: Cost) -> None:
     """Note how late the loop wakes us, until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
-        due, cpu = loop.time() + TICK_SECONDS, time.process_time()
+        due, cpu = loop.time() + TICK_SECONDS, time.thread_time()
         await asyncio.sleep(TICK_SECONDS)
         lag = max(0.0, loop.time() - due)
         cost.lags.append(lag)
-        cost.own_lags.append(min(lag, time.process_time() - cpu))
+        cost.own_lags.append(min(lag, time.thread_time() - cpu))
 
 
 def _memory(name: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 from scripts.benchmarks.scoring.workload import QWEN3_VL, Vocabulary
 from slime.tiny.model import save_processor
@@ -58,7 +59,7 @@ def save_config(folder: Path) -> Vocabulary:
 
 
 def save_model(folder: Path) -> Vocabulary:
-    """Write a complete checkpoint with random weights, 40 M parameters."""
+    """Write a complete checkpoint with random weights, 66 M parameters."""
     save_processor(folder)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         settings = json.loads((folder / name).read_text()) | {"size": PIXELS}
@@ -75,6 +76,7 @@ def save_model(folder: Path) -> Vocabulary:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
+    disable_progress_bar()
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
     return Vocabulary(
         size=VOCABULARY_SIZE,

@@ -1,12 +1,13 @@
 """Our way to ask a teacher: the plugin's own functions on samples as a rollout holds them.
 
-What the data source does for a prompt once (resize, encode, hash), in a thread, is done and counted here too,
-although student, trainer and evaluation share its result.
+What the data source does for a prompt once (resize, encode, hash), in threads and before anybody samples, is
+done and counted here too, although student, trainer and evaluation share its result.
 """
 
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from scripts.benchmarks.scoring.workload import Group
-from slime.data.images import prepare_picture
+from slime.data.images import Picture, prepare_picture
 from slime.rollout.on_policy_distillation import (
     close_teacher_clients,
     post_process_rewards,
@@ -22,6 +23,9 @@ from slime.rollout.on_policy_distillation import (
 )
 from slime.utils.pictures import open_encoded
 from slime.utils.types import Sample
+
+PREPARE_THREADS = 4
+"""As the data source has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +64,16 @@ class OurClient:
     async def ask(self, groups: list[Group]) -> list[Sample]:
         """Ask about all samples at once; return them with their answers, in the order of the groups."""
         self._turn += 1
-        return list(chain.from_iterable(await asyncio.gather(*(self._ask_group(group) for group in groups))))
+        pictures = await asyncio.to_thread(self._prepare, groups)
+        pairs = zip(groups, pictures, strict=True)
+        asked = await asyncio.gather(*(self._ask_group(group, picture) for group, picture in pairs))
+        return list(chain.from_iterable(asked))
 
-    async def _ask_group(self, group: Group) -> list[Sample]:
-        picture = await asyncio.to_thread(prepare_picture, group.picture, self._settings)
+    def _prepare(self, groups: list[Group]) -> list[Picture]:
+        with ThreadPoolExecutor(PREPARE_THREADS) as pool:
+            return list(pool.map(lambda group: prepare_picture(group.picture, self._settings), groups))
+
+    async def _ask_group(self, group: Group, picture: Picture) -> list[Sample]:
         image = open_encoded(picture)  # one object for the whole group, as the data source gives it
         samples = [
             Sample(

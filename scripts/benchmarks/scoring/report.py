@@ -38,30 +38,34 @@ def _late(name: str) -> Callable[[Shape, Sequence[Record]], float]:
     return lambda shape, records: 1e3 * percentile([lag for record in records for lag in record[name]], 0.99)
 
 
-CLIENT_ROWS = (
-    Row(
-        "samples per second",
-        lambda shape, records: shape.total / median(record["wall"] for record in records),
-        more_is_better=True,
-    ),
+SAMPLES = Row(
+    "samples per second",
+    lambda shape, records: shape.total / median(record["wall"] for record in records),
+    form="{:,.2f}",
+    more_is_better=True,
+)
+ENTRIES = Row("entries in an answer", lambda shape, records: max(records[-1]["entries"]), "{:,.0f}")
+PREFILLED = Row("tokens prefilled a group", _per_group("prefilled_tokens"), "{:,.0f}")
+STUB_ROWS = (
+    SAMPLES,
     Row("client CPU, ms a sample", _per_sample(lambda record: record["cpu"], 1e3), "{:,.2f}"),
     Row("event-loop lag p99, ms", _late("lags")),
-    Row("… of it the client's own work, ms", _late("own_lags")),
+    Row("… of it, the loop's own work, ms", _late("own_lags")),
     Row(
         "client's peak memory, MB",
         lambda shape, records: max(record["peak_bytes"] for record in records) / 1e6,
     ),
-    Row("entries in an answer", lambda shape, records: max(records[-1]["entries"]), "{:,.0f}"),
-)
-STUB_ROWS = (
+    ENTRIES,
     Row("bytes to the server, kB a sample", _per_sample(lambda record: record["server"]["bytes_in"], 1e-3)),
     Row("bytes back, kB a sample", _per_sample(lambda record: record["server"]["bytes_out"], 1e-3)),
-    Row("tokens prefilled a group", _per_group("prefilled_tokens"), "{:,.0f}"),
+    PREFILLED,
     Row("vision passes a group", _per_group("vision_passes"), "{:,.0f}"),
 )
 SGLANG_ROWS = (
+    SAMPLES,
     Row("server CPU, s a sample", _per_sample(lambda record: record["server"]["cpu"]), "{:,.3f}"),
-    Row("tokens prefilled a group", _per_group("prefilled_tokens"), "{:,.0f}"),
+    ENTRIES,
+    PREFILLED,
     Row("tokens from the cache a group", _per_group("cached_tokens"), "{:,.0f}", more_is_better=True),
 )
 
