@@ -239,7 +239,7 @@ def _unreadable(url: str, error: EngineError) -> Fault:
 def _root(error: BaseException) -> BaseException:
     """Return the cause below the client's own errors, which tells refused from unknown."""
     while isinstance(error, EngineError):
-        cause = error.__context__ if error.__cause__ in (None, error) else error.__cause__
+        cause = error.__cause__ or error.__context__
         if cause is None:
             break
         error = cause
