@@ -10,6 +10,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Self, TypeVar
 
 from slime.engines.errors import (
@@ -100,6 +101,10 @@ class EngineClient:
     def endpoint_for(self, group: Hashable | None = None) -> Endpoint:
         """Choose the least loaded server; all requests of a group go to one, where its prefix is cached."""
         return self._replicas.home(group).replica.endpoint
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Return a context in which to build a large request: one at a time, each in a turn of the loop."""
+        return self._transport.turn()
 
     @property
     def all_up(self) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -62,8 +62,7 @@ class Transport:
             headers["Authorization"] = f"Bearer {key}"
         data = None
         if body is not None:
-            async with self._turn:
-                await asyncio.sleep(0)
+            async with self.turn():
                 data = orjson.dumps(body)
         limits = aiohttp.ClientTimeout(total=max(seconds, 0.001), sock_connect=CONNECT_SECONDS)
         try:
@@ -89,10 +88,16 @@ class Transport:
         Raises:
             AnswerError: it is no JSON; and whatever `reader` raises.
         """
-        async with self._turn:
-            await asyncio.sleep(0)
+        async with self.turn():
             with _garbage_left_alone():
                 return reader(self.parse(url, answer))
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn of the loop in which nobody else does heavy work through this pool."""
+        async with self._turn:
+            await asyncio.sleep(0)
+            yield
 
     def parse(self, url: str, answer: bytes) -> Any:
         """Return the parsed JSON.

@@ -167,15 +167,11 @@ async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
     if sample.response_length == 0:
         return {"meta_info": _no_scores(sample, settings)}
     teacher = settings.teacher_of(sample)
-    request = _request(sample, settings.facts)
-    images = await data_uris(_images(sample))
-    if images and request.image_pads is not None and request.image_pads != len(images):
-        raise PictureMismatchError(
-            f"sample {sample.index} has {len(images)} pictures and its prompt {request.image_pads} image "
-            "pads; the teacher would see other pictures than the student."
-        )
-    payload = score_payload(request.tokens, request.prompt_length - 1, images, top_k=settings.top_k)
     client = teacher_client(settings, teacher)
+    images = await data_uris(_images(sample))
+    async with client.turn():
+        request = _request(sample, settings.facts)
+        payload = _payload(sample, request, images, settings)
 
     def read(answer: Any) -> dict[str, Any]:
         return {"meta_info": _scores(answer, sample, request, settings)}
@@ -185,6 +181,18 @@ async def score_response(args: TeacherArgs, sample: Sample) -> dict[str, Any]:
     except (AnswerError, EngineAbortedError, ScoreMismatchError) as error:
         url = client.endpoint_for(sample.group_index).generate_url
         raise type(error)(f"sample {sample.index}, scored by the {client.role} at {url}: {error}") from error
+
+
+def _payload(
+    sample: Sample, request: _Request, images: Sequence[str], settings: TeacherSettings
+) -> dict[str, Any]:
+    """Return the body that is posted, which holds a picture for each pad."""
+    if images and request.image_pads is not None and request.image_pads != len(images):
+        raise PictureMismatchError(
+            f"sample {sample.index} has {len(images)} pictures and its prompt {request.image_pads} image "
+            "pads; the teacher would see other pictures than the student."
+        )
+    return score_payload(request.tokens, request.prompt_length - 1, images, top_k=settings.top_k)
 
 
 def _no_scores(sample: Sample, settings: TeacherSettings) -> dict[str, Any]:
