@@ -66,10 +66,11 @@ def build_shards(
     usable = [sample for sample in samples if _is_trained(sample)]
     num_steps = max(1, len(samples) // args.global_batch_size)
     if len(usable) < num_steps:
+        errors = [sample.metadata["error"] for sample in samples if "error" in sample.metadata]
         raise ValueError(
             f"rollout {rollout_id}: {len(usable)} of {len(samples)} samples can be trained on, fewer than "
-            f"its {num_steps} optimizer steps; states: {_status_counts(samples)}. See metadata['error'] of "
-            "the failed samples."
+            f"its {num_steps} optimizer steps; states: {_status_counts(samples)}. "
+            + (f"The first error: {errors[0]}" if errors else "Their loss masks are all zero.")
         )
     advantages = _task_advantages(args, usable)
     train_samples = [

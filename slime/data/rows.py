@@ -164,7 +164,7 @@ class RowPreparer:
     def _require_teacher(self, row: RowRef, metadata: Mapping[str, Any]) -> None:
         """Refuse a row that no teacher would score, now and not in the rollout that meets it."""
         for key, names in self._teachers.items():
-            if metadata.get(key) not in names:
+            if metadata.get(key) not in tuple(names):
                 raise DataError(
                     f"{row.file}, row {row.number}: {key} is {metadata.get(key)!r} in its metadata, and "
                     f"--opd-teachers names {', '.join(names)}. Name a teacher for it, or choose the entry "

@@ -130,6 +130,8 @@ def parse_generate(answer: Any, *, vocab_size: int | None = None) -> GenerateAns
     """
     meta = meta_info(answer)
     tokens = field(answer, "output_ids", list)
+    if not set(map(type, tokens)) <= {int}:
+        raise AnswerError(f"`output_ids` is {str(tokens)[:200]!r}; token ids are needed.")
     triples = triples_of(meta, "output_token_logprobs")
     if len(tokens) != len(triples):
         raise AnswerError(f"the engine sampled {len(tokens)} tokens and sent {len(triples)} log-probs.")
@@ -144,7 +146,7 @@ def parse_generate(answer: Any, *, vocab_size: int | None = None) -> GenerateAns
         ],
         truncated=finish_type(meta) == "length",
         prompt_tokens=field(meta, "prompt_tokens", int),
-        cached_tokens=meta.get("cached_tokens") or 0,
+        cached_tokens=field(meta, "cached_tokens", int) if meta.get("cached_tokens") else 0,
         weight_versions=_weight_versions(meta),
     )
 
@@ -203,7 +205,9 @@ def number(value: Any, what: str) -> float:
 
 def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
     """Return the versions that produced the response, in order. Older servers report the last one alone."""
-    spans = meta.get("weight_versions")
-    if not spans:
+    if not meta.get("weight_versions"):
         return [str(field(meta, "weight_version", str))]
+    spans = field(meta, "weight_versions", list)
+    if not all(isinstance(span, dict) for span in spans):
+        raise AnswerError(f"`weight_versions` is {str(spans)[:200]!r}; a list of objects is needed.")
     return list(dict.fromkeys(str(field(span, "version", str)) for span in spans))

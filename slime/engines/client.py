@@ -34,6 +34,8 @@ Reader = Callable[[Any], T]
 
 REQUEST_ID = "slime-"
 """Begins every request's id, so that an answer to somebody else's request is known for what it is."""
+GONE_STATUSES = (502, 503, 504)
+"""A server that is not there, or takes no work. A 500 is about the request at hand."""
 PROBE_SECONDS = 1.0
 PROBE_TIMEOUT = 5.0
 
@@ -94,6 +96,8 @@ class EngineClient:
         for probe in self._probes:
             probe.cancel()
         await asyncio.gather(*self._probes, return_exceptions=True)
+        for replica in self._replicas.all:
+            replica.up = True
         await self._transport.close()
 
     # ---- data ----
@@ -129,7 +133,7 @@ class EngineClient:
             try:
                 return await self._attempt(replica, payload, reader)
             except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
-                if not (isinstance(error, HttpError) and error.status < 500):
+                if not isinstance(error, HttpError) or error.status in GONE_STATUSES:
                     self._leave_out(replica)
                 pause = retry.pause(error, elsewhere=self._replicas.elsewhere(replica))
                 if pause is None and retry.tries == 1:
@@ -148,13 +152,18 @@ class EngineClient:
         """
         while group is not None:
             home = self._replicas.home(group)
-            if home.warm:
+            if home.open:
                 break
             async with home.lock:
-                if home.warm or self._replicas.home(group) is not home:
+                if home.open or self._replicas.home(group) is not home:
                     continue
-                answer = await self.generate(payload, group=group, reader=reader)
-                self._replicas.home(group).warm = True  # the group may have moved meanwhile
+                try:
+                    answer = await self.generate(payload, group=group, reader=reader)
+                except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
+                    # it was the server's fault: one after the other the rest would each be as patient
+                    home.open = not isinstance(error, HttpError) or error.status >= 500
+                    raise
+                self._replicas.home(group).open = True  # the group may have moved meanwhile
                 return answer
         return await self.generate(payload, group=group, reader=reader)
 
@@ -217,7 +226,7 @@ class EngineClient:
         tried = f"{retry.tries} tries in {retry.seconds:.0f} s"
         if isinstance(error, HttpError):
             return HttpError(url, error.status, error.body, f"{tried}. {self._remedy}")
-        return type(error)(f"{error} ({tried}). {self._remedy}")
+        return type(error)(f"{error} ({tried})")
 
     # ---- control, on every server ----
 
@@ -251,7 +260,11 @@ class EngineClient:
         return await self._control("GET", "/server_info")
 
     async def _request(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
-        """Send a control verb until there is an answer or no hope; one without an answer is not repeated."""
+        """Send a control verb until there is an answer or no hope.
+
+        One that gets no answer in time is not repeated. A lost connection is another matter: all verbs may be
+        said twice.
+        """
         retry = Retry(self._patience, repeatable=False)
         while True:
             try:

@@ -53,11 +53,12 @@ class Replica:
 
 @dataclass(slots=True)
 class Home:
-    """Where a group's prefix is cached. Until `warm` its requests go one at a time."""
+    """Where a group's prefix is cached."""
 
     replica: Replica
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    warm: bool = False
+    open: bool = False
+    """Whether requests may go side by side: the prefix is cached, or nobody is there to cache it."""
 
 
 class Replicas:

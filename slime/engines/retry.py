@@ -32,6 +32,7 @@ class Retry:
         self._patience = patience
         self._repeatable = repeatable
         self._first_failure: float | None = None
+        self._doubtful = 0
         self.tries = 0
 
     @property
@@ -60,4 +61,5 @@ class Retry:
             return True
         if isinstance(error, HttpError) and error.status not in DOUBTFUL_STATUSES:
             return error.status in PASSING_STATUSES
-        return self._repeatable and self.tries < DOUBTFUL_TRIES
+        self._doubtful += 1
+        return self._repeatable and self._doubtful < DOUBTFUL_TRIES

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -26,6 +25,11 @@ from slime.engines.errors import (
     ShortScoresError,
     TokenMismatchError,
 )
+
+ROUNDING = 1e-3
+"""Between two numbers that the server made from the same logits."""
+LOWEST = -float(np.finfo(np.float32).max)
+"""What float32, in which scores are kept, can still hold."""
 
 
 def score_triples(
@@ -90,11 +94,17 @@ def _columns(triples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _require_numbers(values: Sequence[Any]) -> None:
-    """Check the log-probs of the response: the sum of finite numbers is finite, and is found in one pass."""
-    if set(map(type, values)) <= {float} and math.isfinite(math.fsum(values)):
+    """Check the log-probs of the response in a few plain passes; NaN is in no order, and fails the last."""
+    if (
+        set(map(type, values)) <= {float}
+        and all(map(LOWEST.__lt__, values))
+        and max(values, default=0.0) <= ROUNDING
+    ):
         return
     for position, value in enumerate(values):
-        number(value, f"log-prob of response token {position}")
+        checked = number(value, f"log-prob of response token {position}")
+        if not LOWEST < checked <= ROUNDING:
+            raise AnswerError(f"the log-prob of response token {position} is {checked:g}; none is above 0.")
 
 
 def _check_counts(meta: Mapping[str, Any], prompt_tokens: int | None, image_tokens: int | None) -> None:
@@ -118,13 +128,16 @@ def _check_counts(meta: Mapping[str, Any], prompt_tokens: int | None, image_toke
 
 
 def check_receipt(triples: Sequence[Triple], tokens: Sequence[int], vocab_size: int | None = None) -> None:
-    """Compare the ids of scored positions [R] with the sampled ids [R].
+    """Compare the ids of scored positions [R] with the sampled ids [R], and look at their log-probs.
 
     Raises:
+        MissingScoreError: a log-prob is null or no number.
         TokenMismatchError: they differ; the first difference is named.
         ShortScoresError: there are more of one than of the other.
     """
-    _compare(_columns(triples)[1], tokens, vocab_size)
+    values, ids = _columns(triples)
+    _compare(ids, tokens, vocab_size)
+    _require_numbers(values)
 
 
 def _compare(ids: Sequence[Any], tokens: Sequence[int], vocab_size: int | None) -> None:
@@ -144,10 +157,6 @@ def _compare(ids: Sequence[Any], tokens: Sequence[int], vocab_size: int | None) 
         )
 
 
-ROUNDING = 1e-3
-"""Between two numbers that the server made from the same logits."""
-
-
 @dataclass(frozen=True, slots=True)
 class TopScores:
     """The likeliest tokens at each response position, likeliest first."""
@@ -165,16 +174,19 @@ class TopScores:
         return cls(np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32), np.empty(0, np.float32))
 
 
-def top_scores(answer: Any, triples: Sequence[Triple], top_k: int) -> TopScores:
+def top_scores(
+    answer: Any, triples: Sequence[Triple], top_k: int, *, vocab_size: int | None = None
+) -> TopScores:
     """Read the top-k of the last R positions, in the base64, the flat or the long form.
 
     Args:
         answer: what `/generate` answered.
         triples: what `score_triples` made of it, R + 1; the rows are held against the sampled tokens.
         top_k: K, as it was asked for.
+        vocab_size: of the model that scores.
 
     Raises:
-        AnswerError: there are none, or they cannot be read.
+        AnswerError: there are none, they cannot be read, or they are no log-probs of this vocabulary.
         ShortScoresError: there are fewer than R rows.
         ScoreMismatchError: the rows do not belong to the sampled tokens' positions.
     """
@@ -190,7 +202,7 @@ def top_scores(answer: Any, triples: Sequence[Triple], top_k: int) -> TopScores:
             f"the teacher's top-{top_k} was asked for and the answer has no `{form}`; the server is too old "
             "for top_logprobs_num, or something between drops it. Leave --opd-top-k away or update it."
         )
-    if len(values) < response_length or values.shape != ids.shape or values.shape[1] != top_k:
+    if len(values) < response_length or values.shape != ids.shape or values.shape[1:] != (top_k,):
         raise ShortScoresError(
             f"the teacher's top-{top_k} has the shapes {values.shape} and {ids.shape} for {response_length} "
             f"response tokens; [{response_length}, {top_k}] is needed."
@@ -199,23 +211,36 @@ def top_scores(answer: Any, triples: Sequence[Triple], top_k: int) -> TopScores:
     values, ids = values[rows], ids[rows]
     if not np.isfinite(values).all():
         raise MissingScoreError("the teacher's top-k holds numbers that are not finite.")
-    _require_same_positions(values, triples)
+    ids = _named(values, ids, triples, vocab_size)
     return TopScores(ids, values, _tail_mass(values))
 
 
-def _require_same_positions(values: npt.NDArray[Any], triples: Sequence[Triple]) -> None:
-    """Hold the rows against the sampled tokens: none is likelier than its row's first, and one that is
-    likelier than its row's last is in the row."""
-    sampled = np.asarray([triple[0] for triple in triples[1:]])
-    inside = sampled > values[:, -1] + ROUNDING
-    listed = (np.abs(values - sampled[:, None]) <= ROUNDING).any(axis=1)
-    wrong = np.flatnonzero((sampled > values[:, 0] + ROUNDING) | (inside & ~listed))
+def _named(
+    values: npt.NDArray[Any], ids: npt.NDArray[np.int32], triples: Sequence[Triple], vocab_size: int | None
+) -> npt.NDArray[np.int32]:
+    """Hold the rows against the sampled tokens and return their ids.
+
+    No sampled token is likelier than its row's first, and one that is likelier than its row's last is in the
+    row, under its id. Where that is the last id, which servers report as 0, the row gets it back; a last id
+    that was not sampled stays a 0.
+    """
+    if ids.size and (ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size)):
+        raise AnswerError(
+            f"the teacher's top-k names ids from {ids.min()} to {ids.max()}; its vocabulary has {vocab_size}."
+        )
+    sampled = np.asarray([triple[0] for triple in triples[1:]])[:, None]
+    tokens = np.asarray([triple[1] for triple in triples[1:]], ids.dtype)[:, None]
+    unnamed = (ids == 0) & (tokens >= (vocab_size or np.inf) - 1)
+    own = (np.abs(values - sampled) <= ROUNDING) & ((ids == tokens) | unnamed)
+    inside = sampled[:, 0] > values[:, -1] + ROUNDING
+    wrong = np.flatnonzero((sampled[:, 0] > values[:, 0] + ROUNDING) | (inside & ~own.any(axis=1)))
     if wrong.size:
         raise ScoreMismatchError(
             f"the teacher's top-k does not belong to the sampled tokens: at {wrong.size} of {len(sampled)} "
-            f"positions, the first {int(wrong[0])}, the sampled token's log-prob {sampled[wrong[0]]:.4f} is "
-            f"not in the row from {values[wrong[0], 0]:.4f} to {values[wrong[0], -1]:.4f} that it must be in."
+            f"positions, the first {int(wrong[0])}, the sampled token (log-prob {sampled[wrong[0], 0]:.4f}) "
+            f"is not in the row from {values[wrong[0], 0]:.4f} to {values[wrong[0], -1]:.4f} where it must be."
         )
+    return np.where(own & unnamed, tokens, ids)
 
 
 def _tail_mass(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -238,17 +263,23 @@ def _flat_rows(meta: Mapping[str, Any], form: str, part: str, dtype: type[np.gen
             flat = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype)
         else:
             flat = np.asarray(field(meta, f"{form}_{part}_flat", list), dtype)
-        return flat.reshape(shape)
-    except (ValueError, TypeError, binascii.Error) as error:
+        rows, width = shape
+        return flat.reshape(rows, width)
+    except (ValueError, TypeError, OverflowError, binascii.Error) as error:
         raise AnswerError(f"`{form}_{part}_flat` cannot be read as {shape}: {error}") from error
 
 
 def _long_rows(rows: list[Any], response_length: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return values and ids [R, K] of rows of triples."""
-    tail = rows[len(rows) - response_length :] if response_length <= len(rows) else []
+    if len(rows) < response_length:
+        raise ShortScoresError(
+            f"the teacher's top-k has {len(rows)} rows for {response_length} response tokens; one each is "
+            "needed."
+        )
+    tail = rows[len(rows) - response_length :]
     try:
         values = np.asarray([[triple[0] for triple in row] for row in tail], np.float32)
         ids = np.asarray([[triple[1] for triple in row] for row in tail], np.int32)
-    except (TypeError, IndexError, KeyError, ValueError) as error:
+    except (TypeError, IndexError, KeyError, ValueError, OverflowError) as error:
         raise AnswerError(f"`input_top_logprobs` cannot be read: {error}") from error
-    return values.reshape(len(tail), -1), ids.reshape(len(tail), -1)
+    return values, ids

@@ -53,7 +53,7 @@ class Transport:
         """Send once and return the whole body of a 200.
 
         Raises:
-            EngineUnreachableError: there was no connection, or it broke.
+            EngineUnreachableError: there was no connection, it broke, or what came is no HTTP.
             EngineTimeoutError: no answer within `seconds`.
             HttpError: an error status.
         """
@@ -67,7 +67,7 @@ class Transport:
         limits = aiohttp.ClientTimeout(total=max(seconds, 0.001), sock_connect=CONNECT_SECONDS)
         try:
             async with self._pool().request(
-                method, url, data=data, headers=headers, timeout=limits
+                method, url, data=data, headers=headers, timeout=limits, allow_redirects=False
             ) as response:
                 answer = await response.read()
         except aiohttp.ConnectionTimeoutError as error:
@@ -76,7 +76,7 @@ class Transport:
             raise EngineTimeoutError(
                 f"the {self._role} at {url} gave no answer within {seconds:.0f} s. {self._remedy}"
             ) from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+        except aiohttp.ClientError as error:  # lost connections, cut bodies, what is no HTTP
             raise self._unreachable(url, error) from error
         if response.status != 200:
             raise HttpError(url, response.status, answer.decode("utf-8", "replace"), self._remedy)
@@ -124,7 +124,9 @@ class Transport:
 
     def _unreachable(self, url: str, error: Exception) -> EngineUnreachableError:
         reason = str(error) or type(error).__name__
-        return EngineUnreachableError(f"the {self._role} at {url} cannot be reached: {reason}")
+        return EngineUnreachableError(
+            f"the {self._role} at {url} cannot be reached: {reason}. {self._remedy}"
+        )
 
 
 @contextmanager

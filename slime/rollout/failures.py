@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING
+
+import aiohttp
 
 from slime.engines.errors import MISALIGNED, EngineError
 from slime.utils.types import Sample, SampleStatus
 
 if TYPE_CHECKING:
     from slime.arguments import Args
+
+
+SCORING_ERRORS = (EngineError, aiohttp.ClientError, OSError, json.JSONDecodeError)
+"""What a reward plugin raises because of its server; upstream's have an HTTP session of their own."""
+UNREADABLE = (*MISALIGNED, aiohttp.ContentTypeError, json.JSONDecodeError)
 
 
 class TooManyFailedError(EngineError):
@@ -41,7 +49,7 @@ class Failures:
                 --opd-misaligned is abort.
             TooManyFailedError: the budget is used up.
         """
-        if isinstance(error, MISALIGNED):
+        if isinstance(error, UNREADABLE):
             if not self._mask_misaligned:
                 raise error
             self.misaligned += 1
@@ -51,13 +59,13 @@ class Failures:
         sample.status = SampleStatus.FAILED
         sample.metadata["error"] = f"{kind}: {error}"
         if self.failed > self._allowed * self._total:
-            raise TooManyFailedError(self._summary()) from error
+            raise TooManyFailedError(
+                f"{self.summary()}; --opd-max-failed-frac {self._allowed:g} allows no more."
+            ) from error
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """Say how many samples failed, of what, with the first message of each kind."""
         kinds = "; ".join(
             f"{count} {kind}, the first: {self._first[kind]}" for kind, count in self._kinds.most_common()
         )
-        return (
-            f"{self.failed} of the rollout's {self._total} samples could not be scored, more than "
-            f"--opd-max-failed-frac {self._allowed:g} allows: {kinds}"
-        )
+        return f"{self.failed} of the rollout's {self._total} samples could not be scored: {kinds}"

@@ -99,14 +99,16 @@ def teacher_settings(args: TeacherArgs) -> TeacherSettings:
             "no --rm-url is given; name the teacher's server, as http://127.0.0.1:13141/generate."
         )
     checkpoint = flag("hf_checkpoint", None)
+    facts = model_facts(checkpoint) if checkpoint else None
+    top_k = flag("opd_top_k", 0)
     return TeacherSettings(
         teachers=tuple(Teacher(name, own) for name, own in named.items()) or (Teacher(None, urls),),
         key=flag("opd_teacher_key", ""),
         concurrency=flag("teacher_concurrency", 256),
         timeout=flag("teacher_timeout", 120.0),
         patience=flag("teacher_patience", 60.0),
-        top_k=flag("opd_top_k", 0),
-        facts=model_facts(checkpoint) if checkpoint else None,
+        top_k=min(top_k, facts.vocab_size) if facts else top_k,
+        facts=facts,
     )
 
 
@@ -187,7 +189,7 @@ def _payload(
     sample: Sample, request: _Request, images: Sequence[str], settings: TeacherSettings
 ) -> dict[str, Any]:
     """Return the body that is posted, which holds a picture for each pad."""
-    if images and request.image_pads is not None and request.image_pads != len(images):
+    if request.image_pads is not None and request.image_pads != len(images):
         raise PictureMismatchError(
             f"sample {sample.index} has {len(images)} pictures and its prompt {request.image_pads} image "
             "pads; the teacher would see other pictures than the student."
@@ -205,16 +207,17 @@ def _no_scores(sample: Sample, settings: TeacherSettings) -> dict[str, Any]:
 
 def _scores(answer: Any, sample: Sample, request: _Request, settings: TeacherSettings) -> dict[str, Any]:
     """Return what is kept of an answer, after the receipt of its tokens."""
+    vocab_size = settings.facts.vocab_size if settings.facts else None
     triples = score_triples(
         answer,
         sample.tokens[len(sample.tokens) - sample.response_length :],
-        vocab_size=settings.facts.vocab_size if settings.facts else None,
+        vocab_size=vocab_size,
         prompt_tokens=request.prompt_length + sample.response_length if request.exact else None,
         image_tokens=request.image_tokens if request.exact else None,
     )
     kept: dict[str, Any] = {"input_token_logprobs": triples}
     if settings.top_k > 0:
-        kept["top_scores"] = top_scores(answer, triples, settings.top_k)
+        kept["top_scores"] = top_scores(answer, triples, settings.top_k, vocab_size=vocab_size)
     return kept
 
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slime.engines.errors import EngineError, ScoreMismatchError
+from slime.engines.api import finish_type
+from slime.engines.errors import AnswerError, EngineAbortedError, ScoreMismatchError
 from slime.engines.model_facts import ModelFacts
 from slime.engines.scores import check_receipt
 from slime.rollout import on_policy_distillation
 from slime.rollout.concurrency import together
-from slime.rollout.failures import Failures
+from slime.rollout.failures import SCORING_ERRORS, Failures
 from slime.rollout.rm_hub import Rule, rule_named
 from slime.utils.misc import load_function
 from slime.utils.types import TRAINED, Sample
@@ -80,7 +81,7 @@ class Rewards:
             async with self._places:
                 sample.reward = await self._reward(self._args, sample)
             self._check_receipt(sample)
-        except (EngineError, ConnectionError, TimeoutError) as error:
+        except SCORING_ERRORS as error:
             failures.record(sample, error)
 
     async def finish(self, samples: list[Sample]) -> None:
@@ -134,14 +135,19 @@ class Rewards:
         """Hold a plugin's answer to the token receipt, where it has the server's form.
 
         Raises:
+            EngineAbortedError: the server cut the request off.
+            AnswerError: a log-prob is missing or no log-prob.
             ScoreMismatchError: the teacher scored other ids than were sampled.
         """
         triples = _scored_triples(sample.reward)
         if triples is None or sample.response_length == 0:
             return
+        meta = sample.reward["meta_info"] if isinstance(sample.reward, dict) else {}
         try:
+            if "finish_reason" in meta:
+                finish_type(meta)
             check_receipt(triples[-sample.response_length :], sample.response_tokens, self._facts.vocab_size)
-        except ScoreMismatchError as error:
+        except (EngineAbortedError, AnswerError, ScoreMismatchError) as error:
             raise type(error)(f"sample {sample.index}: {error}") from error
 
     def _log_probs(self, sample: Sample) -> torch.Tensor:

@@ -3,6 +3,7 @@ numbers."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from slime.utils.types import TRAINED, Sample, SampleStatus
 
 if TYPE_CHECKING:
     from slime.arguments import Args
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ async def run_rollout(
         function=function,
     )
     await rewards.finish(samples)
+    if failures.failed:
+        logger.warning("rollout %d: %s. They are masked out of the loss.", rollout_id, failures.summary())
     metrics = rollout_metrics(samples, clock, sampler.facts)
     if args.use_opd and args.opd_type == "sglang":
         metrics |= teacher_metrics(args, samples, failures)
@@ -125,10 +131,8 @@ def _engine_reverse_kl(samples: Sequence[Sample]) -> float:
     gaps = [
         student - teacher
         for sample in samples
-        if sample.status in TRAINED and sample.teacher_log_probs is not None
-        for student, teacher in zip(
-            sample.rollout_log_probs or (), sample.teacher_log_probs.tolist(), strict=True
-        )
+        if sample.status in TRAINED and sample.teacher_log_probs is not None and sample.rollout_log_probs
+        for student, teacher in zip(sample.rollout_log_probs, sample.teacher_log_probs.tolist(), strict=True)
     ]
     return _mean(gaps)
 

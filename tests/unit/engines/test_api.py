@@ -21,10 +21,11 @@ from slime.engines.errors import (
     LengthMismatchError,
     MissingScoreError,
     PictureMismatchError,
+    ScoreMismatchError,
     ShortScoresError,
     TokenMismatchError,
 )
-from slime.engines.scores import score_triples
+from slime.engines.scores import score_triples, top_scores
 from tests.fakes.engine_server import FakeEngine, log_prob
 
 PAD, VOCAB = 90, 100
@@ -182,3 +183,74 @@ def test_an_http_error_survives_a_trip_through_ray() -> None:
     back = pickle.loads(pickle.dumps(error))
     assert (str(back), back.status, back.url) == (str(error), 500, error.url)
     assert copy.copy(error).body == error.body
+
+
+def hostile(**changes: Any) -> dict[str, Any]:
+    answer = scored([5, 6, 7, 8, 9], 2)
+    answer["meta_info"] |= changes
+    return answer
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1e308, 1e308],
+        [-1e39, -1.0],
+        [5.0, -1.0],
+        [True, -1.0],
+        ["-1", -1.0],
+        [float("nan"), -1.0],
+        [None, -1.0],
+    ],
+)
+def test_what_is_no_log_prob_is_refused(values: list[Any]) -> None:
+    triples = [[None, 7, None], [values[0], 8, None], [values[1], 9, None]]
+    with pytest.raises(AnswerError):
+        score_triples(hostile(input_token_logprobs=triples), [8, 9])
+
+
+@pytest.mark.parametrize(
+    "top",
+    [
+        {"input_top_logprobs": []},
+        {"input_top_logprobs": [None]},
+        {"input_top_logprobs": [None, [[-1.0, 8]], [[-1.0, 2**63]]]},
+        {"input_top_logprobs": [None, [[-1.0, 8]], [[-1.0, 1e308]]]},
+        {"input_top_logprobs": [None, [[-1.0, 8]], 3]},
+        {"input_top_logprobs_shape": [2, 1, 1], "input_top_logprobs_val_flat": [-1.0, -1.0]},
+        {"input_top_logprobs_shape": [2], "input_top_logprobs_val_flat": [-1.0, -1.0]},
+        {"input_top_logprobs_shape": [2, 1], "input_top_logprobs_val_flat_b64": "no base64"},
+        {
+            "input_top_logprobs_shape": [2, 1],
+            "input_top_logprobs_val_flat": [-1.0, -1.0],
+            "input_top_logprobs_idx_flat": [8, 2**40],
+        },
+    ],
+)
+def test_what_is_no_top_k_is_refused(top: dict[str, Any]) -> None:
+    triples = [(None, 7, None), (-1.0, 8, None), (-1.0, 9, None)]
+    with pytest.raises((AnswerError, ScoreMismatchError)):
+        top_scores(hostile(**top), triples, 1, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("ids", [[[77, 9], [5, 4]], [[8, 2], [-4, 9]], [[8, 2], [9, VOCAB]]])
+def test_top_k_ids_are_held_against_the_sampled_tokens(ids: list[list[int]]) -> None:
+    triples = [(None, 7, None), (-0.5, 8, None), (-0.5, 9, None)]
+    rows = [[[-0.5, row[0], None], [-2.0, row[1], None]] for row in ids]
+    with pytest.raises((AnswerError, ScoreMismatchError)):
+        top_scores(hostile(input_top_logprobs=[None, *rows]), triples, 2, vocab_size=VOCAB)
+
+
+def test_a_sampled_last_id_gets_its_name_back_in_the_top_k() -> None:
+    triples = [(None, 7, None), (-0.5, VOCAB - 1, None)]
+    answer = hostile(input_top_logprobs=[None, [[-0.5, 0, None], [-2.0, 4, None]]])
+    assert top_scores(answer, triples, 2, vocab_size=VOCAB).ids.tolist() == [[VOCAB - 1, 4]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weight_versions": "a"}, {"weight_versions": True}, {"weight_versions": [1]}, {"cached_tokens": "x"}],
+)
+def test_odd_versions_and_counts_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(AnswerError):
+        parse_generate(generated(**changes), vocab_size=VOCAB)

@@ -176,6 +176,15 @@ async def test_the_second_warms_a_group_whose_first_failed(engine: FakeEngine) -
     assert engine.most_in_flight == 2
 
 
+async def test_a_group_is_patient_once_not_once_a_sample(engine: FakeEngine) -> None:
+    engine.fault, engine.delay = "503", 0.05
+    async with client(engine.url, patience=1.0) as teacher:
+        jobs = [teacher.score(PAYLOAD, group="g") for _ in range(8)]
+        outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+    assert all(isinstance(outcome, HttpError) for outcome in outcomes)
+    assert engine.most_in_flight > 1, "behind the first, the others go side by side"
+
+
 async def test_requests_without_a_group_wait_for_nobody(engine: FakeEngine) -> None:
     engine.delay = 0.05
     async with client(engine.url) as teacher:
@@ -311,6 +320,43 @@ async def test_weights_that_do_not_load_are_an_error(engine: FakeEngine) -> None
     async with client(engine.url) as student:
         with pytest.raises(EngineError, match="no such checkpoint"):
             await student.update_weights_from_disk("/nowhere", "3")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"garbage",
+        b"HTTP/1.1 abc OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+        b"",
+    ],
+)
+async def test_what_is_no_http_is_an_unreachable_server(reply: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, client(f"http://127.0.0.1:{port}", patience=0.0) as teacher:
+        with pytest.raises(EngineUnreachableError, match=r"See teacher\.log"):
+            await teacher.generate(PAYLOAD)
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: ftp://elsewhere/\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, client(f"http://127.0.0.1:{port}") as teacher:
+        with pytest.raises(HttpError, match="302"):
+            await teacher.generate(PAYLOAD)
 
 
 def test_no_address_is_refused() -> None:

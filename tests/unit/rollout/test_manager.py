@@ -191,7 +191,10 @@ def test_a_rollout_beyond_the_budget_ends_with_a_summary(
 ) -> None:
     teacher.fault, teacher.fault_times = "400", 3
     manager = make(tmp_path, student, teacher, "--opd-max-failed-frac", "0.4")
-    with pytest.raises(TooManyFailedError, match=r"3 of the rollout's 6 samples.*3 HttpError.*longer than"):
+    with pytest.raises(
+        TooManyFailedError,
+        match=r"3 of the rollout's 6 samples.*3 HttpError.*longer than.*--opd-max-failed-frac 0\.4",
+    ):
         manager.generate(0)
     manager.close()
 

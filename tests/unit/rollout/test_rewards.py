@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
 from typing import Any
 
+import aiohttp
 import pytest
 import torch
 
@@ -185,3 +187,53 @@ def _grpo_args(*flags: str) -> Any:
     return parse_args(
         ["--hf-checkpoint", CHECKPOINT, "--prompt-data", "x.jsonl", "--num-rollout", "1", *flags]
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        aiohttp.ClientPayloadError("cut"),
+        aiohttp.ServerDisconnectedError(),
+        OSError("refused"),
+        json.JSONDecodeError("no JSON", "<html>", 0),
+    ],
+)
+async def test_the_server_errors_of_a_plugin_are_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def fails_once(args: Any, sample: Sample, **kwargs: Any) -> Any:
+        if sample.index == 0:
+            raise error
+        return await score(args, sample)
+
+    flags = ("--opd-misaligned", "mask", "--opd-max-failed-frac", "0.5")
+    judges = rewards(monkeypatch, *flags, reward=fails_once)
+    samples = [answered_sample(0), answered_sample(1)]
+    failures = Failures(rollout_args(*flags), 2)
+    for sample in samples:
+        await judges.judge(sample, failures)
+    await judges.finish(samples)
+    assert samples[0].status == SampleStatus.FAILED
+    assert samples[0].loss_mask == [0, 0, 0]
+    assert samples[1].status == SampleStatus.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"input_token_logprobs": [[None, 42, None], [-1.0, 11, None], [None, 12, None], [-3.0, 2, None]]},
+        {"input_token_logprobs": TRIPLES, "finish_reason": {"type": "abort", "message": "gone"}},
+    ],
+)
+async def test_a_plugins_unusable_answer_is_a_failed_sample(
+    monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    async def unusable(args: Any, sample: Sample, **kwargs: Any) -> Any:
+        return {"meta_info": answer}
+
+    flags = ("--opd-misaligned", "mask", "--opd-max-failed-frac", "1")
+    judges, sample = rewards(monkeypatch, *flags, reward=unusable), answered_sample()
+    failures = Failures(rollout_args(*flags), 1)
+    await judges.judge(sample, failures)
+    assert sample.status == SampleStatus.FAILED
+    assert failures.failed == 1
