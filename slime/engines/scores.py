@@ -238,7 +238,7 @@ def _named(
         raise ScoreMismatchError(
             f"the teacher's top-k does not belong to the sampled tokens: at {wrong.size} of {len(sampled)} "
             f"positions, the first {int(wrong[0])}, the sampled token (log-prob {sampled[wrong[0], 0]:.4f}) "
-            f"is not in the row from {values[wrong[0], 0]:.4f} to {values[wrong[0], -1]:.4f} where it must be."
+            f"is not in the row from {values[wrong[0], 0]:.4f} to {values[wrong[0], -1]:.4f} it must be in."
         )
     return np.where(own & unnamed, tokens, ids)
 
