@@ -28,6 +28,7 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/scripts/lib.sh"
 : "${SLIME_SCRIPT_OUTPUT_DIR:=}"                 # empty: a fresh folder under outputs/
 : "${SLIME_SCRIPT_EXTRA_ARGS:=}"                 # appended to the training command; a flag given twice counts as given last
 : "${SLIME_SCRIPT_SKIP_SETUP:=0}"                # 1: the active environment is ready (a container, say); install nothing
+: "${SLIME_SCRIPT_DOCTOR_ARGS:=}"               # appended to the pre-flight: --allow chat-template, say
 : "${SLIME_SCRIPT_SKIP_DOCTOR:=0}"               # 1: train without the pre-flight against the teacher
 : "${SLIME_SCRIPT_DRY_RUN:=0}"                   # 1: print every command, run none
 require_whole_numbers SLIME_SCRIPT_NUM_GPUS SLIME_SCRIPT_NUM_GPUS_TEACHER SLIME_SCRIPT_NUM_GPUS_STUDENT
@@ -62,7 +63,7 @@ TEACHER_RESTARTS_DONE=0
 readonly KNOBS=(STUDENT_MODEL TEACHER_MODEL DATASET_NAME TRAIN_BACKEND ENGINE NUM_GPUS NUM_GPUS_TEACHER NUM_GPUS_STUDENT
   NUM_GPUS_PER_ENGINE NUM_ROLLOUT ROLLOUT_BATCH_SIZE N_SAMPLES_PER_PROMPT MAX_RESPONSE_LEN LR EVAL_INTERVAL OPD_KL_COEF
   TASK_REWARD_WEIGHT TEACHER_URL TEACHER_PORT TEACHER_TIMEOUT TEACHER_RESTARTS EXTERNAL_RAY MODEL_DIR DATA_DIR OUTPUT_DIR EXTRA_ARGS
-  SKIP_SETUP SKIP_DOCTOR DRY_RUN)
+  DOCTOR_ARGS SKIP_SETUP SKIP_DOCTOR DRY_RUN)
 
 # --- small helpers ------------------------------------------------------------------------------------------------
 
@@ -87,6 +88,11 @@ quoted() {
     if [[ "$word" == --* ]]; then printf '%s' "$separator"; else printf ' '; fi
     if [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf '%s' "$word"; else printf '%s' "${word@Q}"; fi
   done
+}
+
+# split_words TEXT: sets WORDS to the words that a shell would make of it.
+split_words() {
+  mapfile -d '' -t WORDS < <("$ANY_PYTHON" -c 'import shlex, sys; [print(w, end="\0") for w in shlex.split(sys.argv[1])]' "$1")
 }
 
 # hub_name NAME: whether it looks like owner/name.
@@ -217,7 +223,6 @@ resolve_teacher_url() {
 # --- the training command, by theme -----------------------------------------------------------------------------------
 
 build_train_command() {
-  local extra=()
   CKPT_ARGS=(--hf-checkpoint "$STUDENT_PATH")
   ROLLOUT_ARGS=(
     --prompt-data "$TRAIN_DATA"
@@ -259,10 +264,9 @@ build_train_command() {
       --rollout-num-gpus-per-engine "$GPUS_PER_ENGINE")
   fi
   if [ "$SLIME_SCRIPT_EXTERNAL_RAY" = 1 ]; then CLUSTER_ARGS+=(--ray-address auto); fi
-  mapfile -d '' -t extra < <("$ANY_PYTHON" -c 'import shlex, sys; [print(w, end="\0") for w in shlex.split(sys.argv[1])]' \
-    "$SLIME_SCRIPT_EXTRA_ARGS")
+  split_words "$SLIME_SCRIPT_EXTRA_ARGS"
   TRAIN_ARGS=("${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${REWARD_ARGS[@]}" "${OPD_ARGS[@]}" "${OPTIM_ARGS[@]}" "${EVAL_ARGS[@]}"
-    "${CLUSTER_ARGS[@]}" ${WANDB_ARGS[@]+"${WANDB_ARGS[@]}"} ${extra[@]+"${extra[@]}"})
+    "${CLUSTER_ARGS[@]}" ${WANDB_ARGS[@]+"${WANDB_ARGS[@]}"} ${WORDS[@]+"${WORDS[@]}"})
   TRAIN_COMMAND=(env "CUDA_VISIBLE_DEVICES=$STUDENT_GPUS" "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.train "${TRAIN_ARGS[@]}")
 }
 
@@ -292,7 +296,9 @@ read_train_args() {
   options="$("$ANY_PYTHON" -c "$DOCTOR_OPTIONS" "${TRAIN_ARGS[@]}")" ||
     die "the training command was refused; nothing has been started."
   eval "options=($options)"
-  DOCTOR_COMMAND=(env CUDA_VISIBLE_DEVICES= "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.engines.doctor "${options[@]}")
+  split_words "$SLIME_SCRIPT_DOCTOR_ARGS"
+  DOCTOR_COMMAND=(env CUDA_VISIBLE_DEVICES= "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.engines.doctor "${options[@]}"
+    ${WORDS[@]+"${WORDS[@]}"})
 }
 
 build_teacher_command() {
@@ -367,7 +373,7 @@ check_teacher() {
   if ! step "${DOCTOR_COMMAND[@]}"; then
     if teacher_ended; then log_tail "$TEACHER_LOG"; fi
     die "the teacher did not pass the pre-flight; what is wrong and what to do is above. Nothing has been trained.$where" \
-      "SLIME_SCRIPT_SKIP_DOCTOR=1 goes on without this check."
+      "SLIME_SCRIPT_DOCTOR_ARGS='--allow CHECK' lets one check pass; SLIME_SCRIPT_SKIP_DOCTOR=1 goes on without the pre-flight."
   fi
 }
 

@@ -204,11 +204,11 @@ def test_the_pre_flight_is_printed_between_teacher_and_training(tmp_path: Path) 
     machine = Machine(tmp_path)
     replica = "http://10.1.2.3:13141/generate"
     flags = f"--rm-url {replica} --rollout-max-prompt-len 500 --image-max-pixels 262144"
-    launched = machine.dry_run(**machine.local(), EXTRA_ARGS=flags)
+    launched = machine.dry_run(**machine.local(), EXTRA_ARGS=flags, DOCTOR_ARGS="--allow 'chat-template'")
     assert launched.arguments(DOCTOR) == [
         *("--teacher-url", "http://127.0.0.1:13141/generate", "--teacher-url", replica),
         *("--student-path", str(machine.student), "--max-tokens", "596", "--samples", "128"),
-        *("--image-max-pixels", "262144", "--timeout", "120.0"),
+        *("--image-max-pixels", "262144", "--timeout", "120.0", "--allow", "chat-template"),
     ]
     assert parse_doctor_args(launched.arguments(DOCTOR)).samples == 128
     assert launched.variables(DOCTOR)["CUDA_VISIBLE_DEVICES"] == ""

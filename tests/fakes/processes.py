@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,12 @@ import psutil
 ESTABLISHED = "01"
 PATIENCE_SECONDS = 60.0
 HOLD_SECONDS = 120.0
+
+
+def heed_interrupts() -> None:
+    """Between fork and exec: take SIGINT as by default. Tests in the background inherit it ignored, and bash
+    could not trap it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(true: Callable[[], object], what: str) -> None:
