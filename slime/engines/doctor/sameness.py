@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from threading import Lock
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +27,7 @@ SMALL_BYTES = 64 * 2**20
 SAME_KL = 1e-3
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What transformers raises on a checkpoint that it cannot use."""
+_LOADING = Lock()
 NOTHING = "choose another teacher or student; with these every step is zero"
 
 
@@ -78,11 +82,19 @@ def kl_estimate(teacher: Sequence[float], student: Sequence[float]) -> float:
     return sum(math.expm1(min(ratio, 80.0)) - ratio for ratio in ratios) / len(ratios)
 
 
+@lru_cache(maxsize=1)
+def _student(checkpoint: str, sees: bool) -> Any:
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def local_log_probs(material: Material, pictures: Sequence[Picture], probes: Sequence[Probe]) -> list[float]:
     """Return the student's log-probs of all responses, one after the other, by transformers in float32."""
-    kind = AutoModelForImageTextToText if material.sees else AutoModelForCausalLM
-    model = kind.from_pretrained(material.checkpoint, dtype=torch.float32).eval()
+    # One at a time: while transformers loads a model it switches the tying of weights off for the whole
+    # process, and two loads that overlap (a thread for each of several teachers) leave it off for good.
+    with _LOADING:
+        model = _student(material.checkpoint, material.sees)
     images = [picture.image for picture in pictures]
     prompt = material.processor(
         text=[material.render(len(pictures))], images=images or None, return_tensors="pt"

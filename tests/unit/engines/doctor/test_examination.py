@@ -1,12 +1,20 @@
 """What is compared without a server: large students, text-only ones, scores that should be equal."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from slime.engines.doctor import sameness
 from slime.engines.doctor.files import read_checkpoint
@@ -57,6 +65,29 @@ def test_the_student_here_scores_as_transformers_does() -> None:
     ours = torch.tensor(local_log_probs(material, [picture], [probe, probe]))
     expected = Reference(Path(STUDENT)).log_probs([*probe.prompt, *response], [picture.image], len(response))
     torch.testing.assert_close(ours, torch.cat([expected, expected]), atol=1e-4, rtol=0)
+
+
+def test_two_teachers_at_once_load_the_student_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two overlapping loads would leave transformers without weight tying for the rest of the process."""
+    sameness._student.cache_clear()
+    loads: list[float] = []
+    load = AutoModelForImageTextToText.from_pretrained
+
+    def slow(*args: Any, **options: Any) -> Any:
+        loads.append(time.monotonic())
+        time.sleep(0.3)
+        return load(*args, **options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", slow)
+    tie_weights = PreTrainedModel.tie_weights
+    material = Material(STUDENT)
+    picture = material.picture()
+    probe = material.probe([picture], material.response(8), material.facts.vocab_size)
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda _: local_log_probs(material, [picture], [probe]), range(4)))
+    assert len(loads) == 1
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert all(score == pytest.approx(scores[0], abs=1e-5) for score in scores)
 
 
 async def test_a_student_that_does_not_load_is_a_warning(tmp_path: Path) -> None:
