@@ -127,7 +127,7 @@ async def test_a_server_that_hangs_is_given_three_chances(engine: FakeEngine) ->
 
 async def test_a_request_without_an_answer_is_sent_again_under_another_id(engine: FakeEngine) -> None:
     engine.fault, engine.fault_times = "hang", 1
-    async with client(engine.url, timeout=0.5, patience=10.0) as teacher:
+    async with client(engine.url, timeout=2.0, patience=20.0) as teacher:
         answer = await teacher.generate(PAYLOAD)
     assert answer["meta_info"]["prompt_tokens"] == 3
     first, second = engine.bodies()
@@ -196,7 +196,7 @@ async def test_requests_without_a_group_wait_for_nobody(engine: FakeEngine) -> N
 async def test_a_replica_that_fails_is_left_out_until_it_is_ready(fault: str) -> None:
     fakes = [FakeEngine(image_token_id=90, vocab_size=100) for _ in range(2)]
     with serve(fakes[0]), serve(fakes[1]):
-        async with client(fakes[0].url, fakes[1].url, timeout=0.5, patience=20.0) as teacher:
+        async with client(fakes[0].url, fakes[1].url, timeout=3.0, patience=20.0) as teacher:
             for group in range(4):
                 await teacher.score(PAYLOAD, group=group)
             assert [len(fake.bodies()) for fake in fakes] == [2, 2]

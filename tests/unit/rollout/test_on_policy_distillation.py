@@ -148,7 +148,7 @@ async def test_an_empty_response_asks_nobody(teacher: FakeEngine) -> None:
     ],
 )
 async def test_every_fault_is_a_named_error(teacher: FakeEngine, fault: str, error: type[Exception]) -> None:
-    args = args_for(teacher, "--teacher-patience", "0", "--teacher-timeout", "0.5")
+    args = args_for(teacher, "--teacher-patience", "0", "--teacher-timeout", "3")
     await reward_func(args, answered_sample(index=16))
     teacher.fault = fault
     with pytest.raises(error) as caught:
