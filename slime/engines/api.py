@@ -1,8 +1,9 @@
-"""The wire: what SGLang's `/generate` is asked and what its answers mean. The only file that knows that JSON.
+"""The wire: what SGLang's `/generate` is asked and what its answers mean.
 
-Pure: no sockets, no clock. `client.py` moves the bytes, `rollout/` decides what to ask. Positions in answers
-count the *expanded* sequence (one image pad became `grid.prod() // merge²` tokens), the ids that are sent
-hold one pad per image. Shape letters: R response tokens, K teacher top-k.
+With `scores.py`, its half for scoring, the only place where a run reads that JSON (the doctor looks at it
+closer). Pure: no sockets, no clock. `client.py` moves the bytes, `rollout/` decides what to ask. Positions in
+answers count the *expanded* sequence (one image pad became `grid.prod() // merge²` tokens), the ids that are
+sent hold one pad per image. Shape letters: R response tokens, K teacher top-k.
 """
 
 from __future__ import annotations

@@ -110,11 +110,6 @@ class EngineClient:
         """Return a context in which to build a large request: one at a time, each in a turn of the loop."""
         return self._transport.turn()
 
-    @property
-    def all_up(self) -> bool:
-        """Whether no server is left out at the moment."""
-        return all(replica.up for replica in self._replicas.all)
-
     async def generate(
         self, payload: dict[str, Any], *, group: Hashable | None = None, reader: Reader[T] = as_it_is
     ) -> T:
@@ -135,12 +130,8 @@ class EngineClient:
             except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
                 if not isinstance(error, HttpError) or error.status in GONE_STATUSES:
                     self._leave_out(replica)
-                pause = retry.pause(error, elsewhere=self._replicas.elsewhere(replica))
-                if pause is None and retry.tries == 1:
-                    raise
-                if pause is None:
-                    raise self._last(error, replica.endpoint.generate_url, retry) from error
-                await asyncio.sleep(pause)
+                elsewhere = self._replicas.elsewhere(replica)
+                await self._pause(retry, error, replica.endpoint.generate_url, elsewhere=elsewhere)
 
     async def score(
         self, payload: dict[str, Any], *, group: Hashable | None = None, reader: Reader[T] = as_it_is
@@ -221,12 +212,18 @@ class EngineClient:
             else:
                 replica.up = True
 
-    def _last(self, error: EngineError, url: str, retry: Retry) -> EngineError:
-        """Word the error that ends the tries."""
+    async def _pause(self, retry: Retry, error: EngineError, url: str, *, elsewhere: bool = False) -> None:
+        """Wait until another try is due; where none is, raise the error, with what was tried."""
+        pause = retry.pause(error, elsewhere=elsewhere)
+        if pause is not None:
+            await asyncio.sleep(pause)
+            return
+        if retry.tries == 1:
+            raise error
         tried = f"{retry.tries} tries in {retry.seconds:.0f} s"
         if isinstance(error, HttpError):
-            return HttpError(url, error.status, error.body, f"{tried}. {self._remedy}")
-        return type(error)(f"{error} ({tried})")
+            raise HttpError(url, error.status, error.body, f"{tried}. {self._remedy}") from error
+        raise type(error)(f"{error} ({tried})") from error
 
     # ---- control, on every server ----
 
@@ -270,12 +267,7 @@ class EngineClient:
             try:
                 return await self._transport.send(method, url, body, self._admin_key, self._timeout)
             except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
-                pause = retry.pause(error, elsewhere=False)
-                if pause is None and retry.tries == 1:
-                    raise
-                if pause is None:
-                    raise self._last(error, url, retry) from error
-                await asyncio.sleep(pause)
+                await self._pause(retry, error, url)
 
     async def _control(self, method: str, path: str, body: dict[str, Any] | None = None) -> list[Any]:
         """Call one verb on all servers; return the parsed answers in the servers' order."""

@@ -1,7 +1,7 @@
 """What can go wrong with a server, one class for each thing that a caller treats differently.
 
-`FAILURES` of transport or server are worth another try somewhere; `MISALIGNED` answers arrived and cannot be
-used, and asking again would not help.
+A failure of transport or server may be worth another try (`retry.py`). `MISALIGNED` answers arrived and
+cannot be used; asking again would not help.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import asyncio
 import base64
 import io
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from aiohttp import web
 from PIL import Image
+
+from tests.fakes.serving import in_thread
 
 MERGED_PATCH = 32
 """Side in pixels of what becomes one image token."""
@@ -267,32 +268,6 @@ class FakeEngine:
 @contextmanager
 def serve(engine: FakeEngine) -> Iterator[FakeEngine]:
     """Serve on a free port of the loopback, in a thread, until the block ends."""
-    loop = asyncio.new_event_loop()
-    runner: list[web.AppRunner] = []
-    started = threading.Event()
-
-    async def start() -> None:
-        app = web.Application(client_max_size=2**26)
-        app.router.add_route("*", "/{tail:.*}", engine.handle)
-        runner.append(web.AppRunner(app, shutdown_timeout=0.1))
-        await runner[0].setup()
-        site = web.TCPSite(runner[0], "127.0.0.1", 0)
-        await site.start()
-        engine.url = f"http://127.0.0.1:{runner[0].addresses[0][1]}"
-        started.set()
-
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(start())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert started.wait(10)
-    try:
+    with in_thread(engine.handle) as url:
+        engine.url = url
         yield engine
-    finally:
-        asyncio.run_coroutine_threadsafe(runner[0].cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()

@@ -6,15 +6,15 @@ answer on its way out. Runs in a thread of its own.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+
+from tests.fakes.serving import in_thread
 
 Json = dict[str, Any]
 
@@ -48,7 +48,6 @@ class Proxy:
     def __init__(self, target: str, fault: Fault) -> None:
         self.target = target
         self.fault = fault
-        self.url = ""
         self._session: aiohttp.ClientSession | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -96,36 +95,6 @@ class Proxy:
 @contextmanager
 def planted(target: str, fault: Fault) -> Iterator[str]:
     """Serve on a free port of the loopback until the block ends; give the proxy's URL."""
-    loop = asyncio.new_event_loop()
     proxy = Proxy(target, fault)
-    runner: list[web.AppRunner] = []
-    started = threading.Event()
-
-    async def start() -> None:
-        app = web.Application(client_max_size=2**28)
-        app.router.add_route("*", "/{tail:.*}", proxy.handle)
-        runner.append(web.AppRunner(app, shutdown_timeout=0.1))
-        await runner[0].setup()
-        await web.TCPSite(runner[0], "127.0.0.1", 0).start()
-        proxy.url = f"http://127.0.0.1:{runner[0].addresses[0][1]}"
-        started.set()
-
-    async def stop() -> None:
-        await proxy.close()
-        await runner[0].cleanup()
-
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(start())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield proxy.url
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
+    with in_thread(proxy.handle, at_end=proxy.close) as url:
+        yield url

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ STUB_SECONDS = 60
 SGLANG_SECONDS = 600
 
 
-class Server:
+class Server(ABC):
     """A running server and the checkpoint, or the config of one, that it stands for."""
 
     def __init__(self, process: ServerProcess, checkpoint: Path, vocabulary: Vocabulary) -> None:
@@ -36,9 +37,9 @@ class Server:
         """Empty the prefix cache, so that each turn begins cold."""
         self._ask("POST", "/flush_cache")
 
+    @abstractmethod
     def counts(self) -> Counts:
         """Return counters of the work since the server began, or since the last flush."""
-        raise NotImplementedError
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that the server's processes have used so far."""

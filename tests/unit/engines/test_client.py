@@ -207,7 +207,7 @@ async def test_a_replica_that_fails_is_left_out_until_it_is_ready(fault: str) ->
             assert len(fakes[1].bodies()) == 2 + 6
             fakes[0].fault = None
             for _ in range(200):
-                if teacher.all_up:
+                if all(replica.up for replica in teacher._replicas.all):
                     break
                 await asyncio.sleep(0.05)
             for group in range(6, 10):
