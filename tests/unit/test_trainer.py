@@ -109,6 +109,8 @@ def test_group_advantages_leave_failed_samples_out() -> None:
 @pytest.mark.parametrize("flags", [(), ("--disable-grpo-std-normalization",)])
 def test_the_task_stream_keeps_its_weight_through_normalisation(flags: tuple[str, ...]) -> None:
     samples, pictures = make_samples(8, group_size=4)
+    for sample in samples:
+        sample.metadata["task_reward"] = sample.metadata["train_reward"]
     stream = ("--rm-type", "math", "--task-reward-weight")
     (light,) = shards(samples, pictures, *ONE_BATCH, *flags, *stream, "0.5")
     (heavy,) = shards(samples, pictures, *ONE_BATCH, *flags, *stream, "2")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from slime.backends.batching import MicroBatch
-from slime.objective import Objective
+from slime.losses.reduction import GlobalMean
+from slime.objective import Distillation, Objective
 
 
 @dataclass
@@ -22,6 +23,9 @@ class Outputs:
     entropy: Tensor
 
     def gather(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def top_ids(self, count: int) -> Tensor:
         raise NotImplementedError
 
     def log_probs_at(self, temperature: float) -> Tensor:
@@ -50,19 +54,15 @@ def batch(**parts: Any) -> MicroBatch:
         response_ids=torch.zeros(3, dtype=torch.int64),
         sample_rows=flat,
         loss_mask=torch.tensor([1.0, 0.0, 1.0]),
+        finished=torch.tensor([True, True, False]),
+        thinking=torch.tensor([True, False, False]),
         **{"advantages": torch.zeros(3), "teacher_log_probs": torch.tensor([-2.0, -9.0, -2.5]), **parts},
     )
 
 
-def objective(**parts: Any) -> Objective:
-    defaults = {
-        "num_tokens": 4,
-        "num_samples": 3,
-        "mean_over_tokens": True,
-        "eps_clip": 0.2,
-        "eps_clip_high": 0.2,
-    }
-    return Objective(**{**defaults, "opd_kl_coef": 0.5, **parts})
+def objective(*, over_tokens: bool = True, **parts: Any) -> Objective:
+    mean = GlobalMean(num_tokens=4, num_samples=3, over_tokens=over_tokens)
+    return Objective(**{"mean": mean, "distillation": Distillation(coef=0.5, mean=mean), **parts})
 
 
 def test_distillation_alone() -> None:
@@ -78,18 +78,19 @@ def test_distillation_alone() -> None:
 
 
 def test_the_terms_add_up_to_the_loss() -> None:
-    terms = objective(entropy_coef=0.1, kl_loss_coef=0.2, kl_loss_type="k2", mean_over_tokens=False)
+    terms = objective(entropy_coef=0.1, kl_loss_coef=0.2, kl_loss_type="k2", over_tokens=False)
     given = batch(
         advantages=torch.tensor([1.0, 1.0, -1.0]), reference_log_probs=torch.tensor([-1.5, -1.5, -1.5])
     )
     loss, metrics = terms(outputs(), given)
-    parts = metrics["pg_loss"] + metrics["entropy_loss"] + metrics["kl_loss"]
+    parts = torch.stack(
+        [metrics[name] for name in ("pg_loss", "opd_kl_loss", "entropy_loss", "kl_loss")]
+    ).sum()
     assert loss.item() == pytest.approx(parts.item())
     assert metrics["entropy"].item() == pytest.approx(2 * 0.5 / 4)
     assert metrics["entropy_loss"].item() == pytest.approx(-0.1 * 2 * 0.5 / 3)
     assert metrics["kl_loss"].item() == pytest.approx(0.2 * (0.5**2 / 2 + 1.5**2 / 2) / 3)
-    task = (metrics["pg_loss"] - metrics["opd_kl_loss"]).item()
-    assert task == pytest.approx(0, abs=1e-6), "the advantages of the two samples cancel"
+    assert metrics["pg_loss"].item() == pytest.approx(0, abs=1e-6), "the two samples' advantages cancel"
     assert not any(value.requires_grad for value in metrics.values())
 
 
@@ -100,7 +101,8 @@ def test_later_steps_use_the_old_log_probs() -> None:
     )
     loss, metrics = objective()(outputs(), given)
     assert metrics["opd_reverse_kl"].item() == pytest.approx(-1 / 4)
-    assert metrics["pg_clipfrac"].item() == pytest.approx(1 / 4)
+    assert metrics["opd_clipfrac"].item() == pytest.approx(1 / 4)
+    assert metrics["pg_clipfrac"].item() == 0
     assert loss.item() == pytest.approx(-1.2 * 0.5 / 4)
     assert metrics["opd_kl_loss"].item() == pytest.approx(loss.item())
     assert metrics["policy_kl"].item() == pytest.approx((-2.0 + 1.0) / 4)
@@ -133,7 +135,7 @@ def test_importance_weights_enter_all_that_is_measured_on_sampled_tokens() -> No
     loss, metrics = objective(tis_clip=(0.0, 2.0), **parts)(made, given)
     gap = torch.tensor([1.0, 0.0, -0.5])
     reference_gap = torch.tensor([0.5, 0.0, -1.5])
-    advantages = torch.tensor([1.0, 0.0, -1.0]) - 0.5 * gap
+    advantages = torch.tensor([1.0, 0.0, -1.0])
     expected = {
         "opd_reverse_kl": (weights * gap).sum(),
         "opd_kl_loss": 0.5 * (weights * gap).sum(),
@@ -149,7 +151,9 @@ def test_importance_weights_enter_all_that_is_measured_on_sampled_tokens() -> No
     loss.backward()
     assert made.log_probs.grad is not None
     torch.testing.assert_close(
-        made.log_probs.grad, weights * (0.2 * reference_gap - advantages), msg="weights carry no gradient"
+        made.log_probs.grad,
+        weights * (0.2 * reference_gap - advantages + 0.5 * gap),
+        msg="weights carry no gradient",
     )
 
 
@@ -159,17 +163,18 @@ def test_importance_weights_without_the_engines_log_probs_are_an_error() -> None
 
 
 def test_without_teacher_there_is_no_distillation_metric() -> None:
-    _, metrics = objective(opd_kl_coef=None)(outputs(), batch(teacher_log_probs=None))
+    _, metrics = objective(distillation=None)(outputs(), batch(teacher_log_probs=None))
     assert not any(name.startswith("opd") for name in metrics)
 
 
 def test_a_dummy_has_the_same_metrics_and_no_weight() -> None:
     empty = torch.zeros(0)
     names = ("loss_mask", "advantages", "teacher_log_probs")
-    dummy = replace(batch(), sample_rows=empty.long(), **dict.fromkeys(names, empty))
+    kinds = dict.fromkeys(("finished", "thinking"), empty.bool())
+    dummy = replace(batch(), sample_rows=empty.long(), **dict.fromkeys(names, empty), **kinds)
     given = Outputs(torch.zeros(0, requires_grad=True), torch.zeros(0, requires_grad=True))
-    for mean_over_tokens in (True, False):
-        loss, metrics = objective(mean_over_tokens=mean_over_tokens)(given, dummy)
+    for over_tokens in (True, False):
+        loss, metrics = objective(over_tokens=over_tokens)(given, dummy)
         assert loss.item() == 0
         assert loss.requires_grad
         assert metrics.keys() == objective()(outputs(), batch())[1].keys()
