@@ -162,8 +162,8 @@ class MicroBatchBuilder:
         pictures: Mapping[str, bytes],
         carried: frozenset[str] | None = None,
     ) -> None:
-        """Take the processor, the shard's pictures, and which of `CARRIED` goes into every micro-batch: a dummy
-        must look like the others. None: what the samples of each have in common."""
+        """Take the processor, the shard's pictures, and which of `CARRIED` goes into every micro-batch: a
+        dummy must look like the others. None: what the samples of each have in common."""
         self._processor = processor
         self._carried = carried
         self._tags = ThinkTags.of(processor.tokenizer)

@@ -153,7 +153,7 @@ def test_scores_of_masked_tokens_may_be_anything() -> None:
 def test_engine_log_probs_are_used_only_if_all_samples_have_them() -> None:
     samples, pictures = make_samples(8)
     samples[2].rollout_log_probs = None
-    assert all(sample.rollout_log_probs is None for sample in shards(samples, pictures)[0].samples)
+    assert shards(samples, pictures)[0].carried == {"teacher_log_probs"}
 
 
 @pytest.mark.parametrize("flags", [("--use-tis",), ("--rollout-temperature", "0.8")])
