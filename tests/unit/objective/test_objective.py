@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from slime.backends.batching import MicroBatch
 from slime.losses.reduction import GlobalMean
 from slime.objective import Distillation, Objective
+from slime.objective.ratios import finished, ratio
 
 
 @dataclass
@@ -184,3 +185,157 @@ def test_a_dummy_has_the_same_metrics_and_no_weight() -> None:
 def test_log_probs_that_a_term_needs_must_be_there() -> None:
     with pytest.raises(ValueError, match="does not carry"):
         objective()(outputs(), batch(teacher_log_probs=None))
+
+
+def top_k(**parts: Any) -> dict[str, Any]:
+    """Return the teacher's two likeliest tokens at each of the three positions."""
+    log_probs = torch.tensor([[0.6, 0.3], [0.5, 0.2], [0.9, 0.05]]).log()
+    return {
+        "teacher_top_ids": torch.tensor([[0, 1], [2, 3], [0, 4]]),
+        "teacher_top_log_probs": log_probs,
+        "teacher_tail_mass": 1 - log_probs.exp().sum(1),
+        **parts,
+    }
+
+
+@dataclass
+class Model(Outputs):
+    """A model whose log-probs of five tokens are a table [P, 5]."""
+
+    table: Tensor = field(default_factory=lambda: torch.zeros(3, 5, requires_grad=True))
+
+    def gather(self, ids: Tensor) -> Tensor:
+        return self.table.log_softmax(-1).gather(1, ids)
+
+    def top_ids(self, count: int) -> Tensor:
+        return torch.arange(count).expand(3, count)
+
+
+def model() -> Model:
+    made = outputs()
+    return Model(made.log_probs, made.entropy)
+
+
+def gradients(made: Model, given: MicroBatch, terms: Objective) -> tuple[Tensor, Tensor]:
+    loss, _ = terms(made, given)
+    loss = loss + 0 * made.table.sum()  # used by the dense stream alone
+    return torch.autograd.grad(loss, (made.log_probs, made.table))
+
+
+@pytest.mark.parametrize("signal", ["sampled", "topk"])
+@pytest.mark.parametrize("over_tokens", [True, False])
+def test_the_hybrid_gradient_is_the_sum_of_its_streams(signal: Any, over_tokens: bool) -> None:
+    """Each stream has its coefficient and its own denominators: 4 tokens of 3 samples, 2 of 1 distilled."""
+    mean = GlobalMean(num_tokens=4, num_samples=3, over_tokens=over_tokens)
+    distilled = GlobalMean(num_tokens=2, num_samples=1, over_tokens=over_tokens)
+    advantages = torch.tensor([1.0, 1.0, -2.0])
+    gate = torch.tensor([1.0, 0.0, 0.0])
+    whole = batch(advantages=advantages, distill_mask=gate, **top_k())
+    distillation = Distillation(coef=0.5, mean=distilled, loss=signal, divergence="jsd")
+    both = gradients(model(), whole, Objective(mean=mean, distillation=distillation))
+    task = gradients(model(), whole, Objective(mean=mean))
+    alone = replace(whole, advantages=torch.zeros(3))
+    teacher = gradients(model(), alone, Objective(mean=mean, distillation=distillation))
+    for one, other, third in zip(both, task, teacher, strict=True):
+        torch.testing.assert_close(one, other + third)
+    doubled = gradients(model(), alone, Objective(mean=mean, distillation=replace(distillation, coef=1.0)))
+    for one, other in zip(doubled, teacher, strict=True):
+        torch.testing.assert_close(one, 2 * other)
+    pulled = teacher[0 if signal == "sampled" else 1].abs()
+    assert (pulled.reshape(3, -1).sum(1) > 0).tolist() == [True, False, False], "only what the gate lets in"
+    if signal == "sampled":
+        share = 1 / 2 if over_tokens else 1 / 1  # of the one token: 1 of 2 tokens, all of the 1 sample
+        torch.testing.assert_close(teacher[0][0], torch.tensor(0.5 * 1.0 * share))
+
+
+def test_a_gate_that_lets_nothing_in_leaves_the_task() -> None:
+    mean = GlobalMean(num_tokens=4, num_samples=3, over_tokens=True)
+    nothing = GlobalMean(num_tokens=0, num_samples=0, over_tokens=True)
+    given = batch(advantages=torch.ones(3), distill_mask=torch.zeros(3))
+    terms = Objective(mean=mean, distillation=Distillation(coef=1.0, mean=nothing))
+    for one, other in zip(
+        gradients(model(), given, terms), gradients(model(), given, Objective(mean=mean)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    metrics = metrics_of(terms, model(), given)
+    assert metrics["adv/opd_share"] == 0
+    assert metrics["opd_reverse_kl"] == pytest.approx(0.5 / 4), "the signal is looked at all the same"
+
+
+def metrics_of(terms: Objective, made: Outputs, given: MicroBatch) -> dict[str, float]:
+    return finished({name: value.item() for name, value in terms(made, given)[1].items()})
+
+
+def test_the_share_of_the_teacher_is_that_of_the_gradient_on_the_logits() -> None:
+    """Through explicit logits: the 1-norms of both streams' gradients, summed over positions."""
+    logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.5, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
+    ids = torch.tensor([[0], [1], [2]])
+    log_probs = logits.log_softmax(-1).gather(1, ids)[:, 0]
+    made = Outputs(log_probs, torch.full((3,), 0.5, requires_grad=True))
+    given = batch(advantages=torch.tensor([1.0, 5.0, -1.0]))
+    metrics = metrics_of(objective(), made, given)
+    pulls = []
+    for teacher in (True, False):
+        gap = log_probs.detach() - given.teacher_log_probs if given.teacher_log_probs is not None else None
+        assert gap is not None
+        advantages = -0.5 * gap if teacher else given.advantages
+        loss = -(log_probs * advantages * given.loss_mask / 4).sum()
+        pulls.append(torch.autograd.grad(loss, logits, retain_graph=True)[0].abs().sum().item())
+    assert metrics["adv/opd_share"] == pytest.approx(pulls[0] / sum(pulls))
+    assert metrics_of(objective(distillation=None), made, given).keys().isdisjoint({"adv/opd_share"})
+
+
+def test_the_dense_stream_without_top_k_is_an_error() -> None:
+    terms = objective(distillation=Distillation(coef=1.0, mean=objective().mean, loss="topk"))
+    with pytest.raises(ValueError, match="--opd-loss topk needs the teacher's top-k"):
+        terms(model(), batch())
+
+
+def test_imitation_is_the_negative_log_likelihood_and_nothing_else() -> None:
+    made = model()
+    loss, metrics = objective(loss_type="sft_loss", distillation=None)(made, batch(advantages=torch.ones(3)))
+    assert loss.item() == pytest.approx((1 + 3) / 4) == metrics["sft_loss"].item()
+    assert metrics["sft_forward_kl"].item() == pytest.approx(((-2 + 1) + (-2.5 + 3)) / 4)
+    assert not any(name in metrics for name in ("pg_loss", "opd_kl_loss", "policy_kl"))
+
+
+def test_the_anatomy_of_the_sampled_signal() -> None:
+    """Token 1 is masked; sample 0 is finished and thinks with token 0, sample 1 is token 2, truncated."""
+    metrics = metrics_of(objective(), outputs(), batch())
+    expected = {
+        "first_token_kl": (1.0 - 0.5) / 2,
+        "thinking_kl": 1.0,
+        "answer_kl": -0.5,
+        "finished_kl": 1.0,
+        "truncated_kl": -0.5,
+        "teacher_prefers_share": 1 / 2,
+    }
+    for name, value in expected.items():
+        assert metrics[f"signal/{name}"] == pytest.approx(value), name
+    assert "signal/last_token_kl" not in metrics, "the only end of a response is masked"
+    whole = metrics_of(objective(), outputs(), replace(batch(), loss_mask=torch.ones(3)))
+    assert whole["signal/last_token_kl"] == pytest.approx(-2.0 + 9.0)
+
+
+def test_the_anatomy_of_the_top_k() -> None:
+    metrics = metrics_of(objective(), model(), batch(**top_k()))
+    rows = [0, 2]  # the loss tokens
+    teacher = top_k()["teacher_top_log_probs"][rows]
+    tail = top_k()["teacher_tail_mass"][rows]
+    entropy = -(teacher.exp() * teacher).sum(1) - tail * tail.log()
+    expected = {
+        "student_top_k_mass": 2 / 5,
+        "teacher_top_k_mass": (0.9 + 0.95) / 2,
+        "teacher_tail_mass": (0.1 + 0.05) / 2,
+        "teacher_entropy": entropy.mean().item(),
+        "top_k_overlap": (2 / 2 + 1 / 2) / 2,
+    }
+    for name, value in expected.items():
+        assert metrics[f"signal/{name}"] == pytest.approx(value, abs=1e-5), name
+
+
+def test_ratios_are_taken_of_whole_sums() -> None:
+    parts = [ratio("x", torch.tensor(a), torch.tensor(b)) for a, b in ((1.0, 2.0), (5.0, 1.0))]
+    sums = {name: sum(part[name].item() for part in parts) for name in parts[0]}
+    empty = dict.fromkeys(ratio("y", torch.zeros(()), torch.zeros(())), 0.0)
+    assert finished(sums | empty | {"loss": 3.0}) == {"loss": 3.0, "x": 2.0}
