@@ -75,7 +75,7 @@ def _draw_anatomy(axes: Axes, records: Sequence[dict[str, float]]) -> None:
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_title("Where the reverse KL is")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right", fontsize=8, frameon=False)
+        axes.legend(loc="best", fontsize=8, frameon=False)
 
 
 def _series(
