@@ -54,7 +54,7 @@ class Trainer:
             [builder.build([shard.samples[index] for index in batch]) for batch in step.micro_batches]
             for step in shard.steps
         ]
-        if len(steps) > 1:
+        if len(steps) > 1 and self._args.loss_type == "policy_loss":
             steps = [self._with_log_probs(batches, "old_log_probs") for batches in steps]
         if self._args.kl_loss_coef > 0:
             steps = [self._with_log_probs(batches, "reference_log_probs") for batches in steps]

@@ -133,7 +133,8 @@ class Objective:
     ) -> Term:
         """Return the teacher's stream, and what its signal looks like on all loss tokens."""
         gap = reverse_kl(old_log_probs, _present(batch.teacher_log_probs))
-        top = top_k_of(outputs, batch, self.never_sampled)
+        with torch.set_grad_enabled(distillation.loss == "topk"):
+            top = top_k_of(outputs, batch, self.never_sampled)
         mask = batch.loss_mask if batch.distill_mask is None else batch.distill_mask
         weights = distillation.mean.weights(mask, batch.sample_rows)
         if distillation.loss == "topk":
