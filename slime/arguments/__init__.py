@@ -23,6 +23,7 @@ from slime.arguments.optim import BatchArgs, LossArgs, OptimArgs
 from slime.arguments.parser import parse
 from slime.arguments.pending import pending
 from slime.arguments.printing import format_groups, printable
+from slime.arguments.recording import RecordingArgs
 from slime.arguments.reward import RewardArgs
 from slime.arguments.rollout import RolloutArgs
 from slime.arguments.run import CheckpointArgs, OutputArgs
@@ -38,6 +39,7 @@ GROUPS = (
     BatchArgs,
     OptimArgs,
     EvaluationArgs,
+    RecordingArgs,
     ClusterArgs,
     MegatronArgs,
     OutputArgs,
@@ -58,6 +60,7 @@ class Args(
     BatchArgs,
     OptimArgs,
     EvaluationArgs,
+    RecordingArgs,
     ClusterArgs,
     MegatronArgs,
     OutputArgs,
