@@ -297,7 +297,7 @@ def test_a_whole_recording_is_accepted(tmp_path: Path):
     ("ids", "first", "flags", "words"),
     [
         ((), 0, (), "needs rollout 0, and --load-debug-rollout-data .* has none"),
-        ((0, 1), 0, ("--num-rollout", "5"), "rollout 2.* has 2, the first 0, the last 1. Use --num-rollout 2"),
+        ((0, 1), 0, ("--num-rollout", "5"), "rollout 2.* has 2, the first 0, the last 1. Use --num-rollo"),
         ((4, 5), 0, (), "needs rollout 0.* has 2, the first 4, the last 5. --load a checkpoint .* rollout 4"),
         ((0, 2, 3), 0, ("--num-rollout", "4"), "rollout 1.* has 3, the first 0, the last 3. Copy the"),
         ((0, 1), 0, ("--rollout-batch-size", "4"),
