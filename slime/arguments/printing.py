@@ -32,8 +32,9 @@ def without_credentials(text: str) -> str:
 
 
 def _masked(url: re.Match[str]) -> str:
-    user, query = url["user"] and f"{MASK}@", url["query"] and f"?{MASK}"
-    return f"{url['scheme']}{user or ''}{url['place']}{query or ''}"
+    user = f"{MASK}@" if url["user"] else ""
+    query = f"?{MASK}" if url["query"] else ""
+    return url["scheme"] + user + url["place"] + query
 
 
 def format_groups(values: Mapping[str, Any], groups: Sequence[type]) -> str:

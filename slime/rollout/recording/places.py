@@ -26,10 +26,10 @@ def recorded_ids(place: str) -> list[int]:
         return [0] if Path(place).is_file() else []
     parts = [(text, name) for text, name, _, _ in string.Formatter().parse(recording_template(place))]
     wildcard = "".join(glob.escape(text) + ("*" if name else "") for text, name in parts)
-    number = re.compile("".join(re.escape(text) + (r"(\d+)" if name else "") for text, name in parts))
-    found = [number.fullmatch(name) for name in glob.glob(wildcard)]
-    ids = {int(match[1]): match[0] for match in found if match is not None}
-    return sorted(number for number, name in ids.items() if str(recording_path(place, number)) == name)
+    pattern = re.compile("".join(re.escape(text) + (r"(\d+)" if name else "") for text, name in parts))
+    matches = filter(None, map(pattern.fullmatch, glob.glob(wildcard)))
+    ids = {int(match[1]) for match in matches if recording_path(place, int(match[1])) == Path(match[0])}
+    return sorted(ids)
 
 
 def require_recorded(args: Args, first: int) -> None:
