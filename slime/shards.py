@@ -123,11 +123,8 @@ def _task_advantages(args: Args, samples: Sequence[Sample]) -> list[Tensor]:
     `--task-reward-weight` scales the advantages, not the rewards: a normalisation would cancel it there.
     """
     weight = args.task_reward_weight if args.task_reward_weight > 0 else 1.0
-    graded = args.task_reward_weight > 0
-    rewards = torch.tensor(
-        [_number(sample, "task_reward" if graded else "train_reward") for sample in samples],
-        dtype=torch.float64,
-    )
+    name = "task_reward" if args.trains_on_grades else "train_reward"
+    rewards = torch.tensor([_number(sample, name) for sample in samples], dtype=torch.float64)
     masks = [_mask(sample).double() for sample in samples]
     if args.advantage_estimator == "grpo":
         groups = torch.tensor([_group(sample) for sample in samples])

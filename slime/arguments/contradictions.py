@@ -16,6 +16,7 @@ def contradictions(args: Args) -> Iterator[str]:
     yield from _sampling(args)
     yield from _batches(args)
     yield from _engines(args)
+    yield from _replay(args)
 
 
 def _distillation(args: Args) -> Iterator[str]:
@@ -24,7 +25,7 @@ def _distillation(args: Args) -> Iterator[str]:
             "--opd-type megatron loads the teacher inside Megatron, and --train-backend is fsdp; "
             "serve the teacher and use --opd-type sglang with --rm-url."
         )
-    if args.use_opd and args.opd_type == "sglang" and args.rm_url is None:
+    if args.use_opd and args.opd_type == "sglang" and args.rm_url is None and not args.replays:
         yield (
             "--use-opd --opd-type sglang needs the teacher's address; "
             "add --rm-url http://HOST:PORT/generate of the server that holds it."
@@ -147,4 +148,16 @@ def _engines(args: Args) -> Iterator[str]:
         names = " ".join("--sglang-" + name.replace("_", "-") for name in args.sglang)
         yield (
             f"{names} is for SGLang engines, and --engine is {args.engine}. Drop it, or use --engine sglang."
+        )
+
+
+def _replay(args: Args) -> Iterator[str]:
+    if not args.prompt_data and not args.replays:  # only arguments that are made in code come here
+        yield "There are no prompts; add --prompt-data PATH."
+    if args.replays and args.eval_prompt_data:
+        flags = "--eval-prompt-data" + (" and --eval-teacher" if args.eval_teacher else "")
+        yield (
+            f"{flags} asks a server, and --load-debug-rollout-data trains without any. Drop {flags} (and "
+            "--eval-interval), --save the student, and evaluate it by a run without "
+            "--load-debug-rollout-data: --load its checkpoint with the same --num-rollout."
         )

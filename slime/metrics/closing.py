@@ -30,7 +30,7 @@ def close_run(args: Args, tracker: Tracker, state: RunState, wall_seconds: float
         student_tokens=state.student_tokens,
         wall_seconds=round(wall_seconds, 1),
         backend=args.train_backend,
-        engine=args.engine,
+        engine="replayed" if args.replays else args.engine,
         written_by=args.sample_from,
         signal=signal_changes(tracker.records),
     )

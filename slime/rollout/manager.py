@@ -6,7 +6,9 @@ Owns an event loop in a thread; everything asynchronous happens there. Knows not
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
+import time
 from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,6 +21,9 @@ from slime.evaluation import evaluate
 from slime.rollout.generate import GenerateFunction, Sampler, generate
 from slime.rollout.on_policy_distillation import REMEDY as TEACHER_REMEDY
 from slime.rollout.on_policy_distillation import close_teacher_clients
+from slime.rollout.recording.file import write_rollout
+from slime.rollout.recording.head import Head
+from slime.rollout.recording.places import recording_path
 from slime.rollout.rewards import Rewards
 from slime.rollout.rm_hub.grader import shared_grader
 from slime.rollout.rollout import RolloutBatch, run_rollout
@@ -48,6 +53,9 @@ class RolloutManager:
         self._banned = never_sampled(self._processor.tokenizer, self._facts.vocab_size)
         self._function = _generate_function(args)
         self._rewards = Rewards(args, self._facts)
+        self._recordings = args.save_debug_rollout_data
+        if self._recordings is not None:  # a folder that cannot be made is found out now
+            recording_path(self._recordings, 0).parent.mkdir(parents=True, exist_ok=True)
         self._engines = EngineClient(
             engine_urls,
             role="student engine",
@@ -61,12 +69,15 @@ class RolloutManager:
         self._thread.start()
 
     def generate(self, rollout_id: int) -> RolloutBatch:
-        """Sample and score the next `--rollout-batch-size` prompts.
+        """Sample and score the next `--rollout-batch-size` prompts, and record what came of them where that
+        is asked for.
 
         Raises:
             EngineError: an engine or the teacher failed; retries are over.
+            RecordingError: a sample holds what cannot be recorded.
         """
-        return self._run(self._generate(rollout_id))
+        batch = self._run(self._generate(rollout_id))
+        return batch if self._recordings is None else self._recorded(self._recordings, rollout_id, batch)
 
     def evaluate(self, rollout_id: int, who: Literal["student", "teacher"] = "student") -> dict[str, float]:
         """Return the held-out accuracy of the student's engines, or of the server at `--rm-url`."""
@@ -122,6 +133,22 @@ class RolloutManager:
             "data/picture_cache_hits": float(self._pictures.hits - hits),
         }
         return RolloutBatch(batch.samples, batch.metrics | counts)
+
+    def _recorded(self, place: str, rollout_id: int, batch: RolloutBatch) -> RolloutBatch:
+        """Write the rollout to its file; return it with the time that this took."""
+        start = time.perf_counter()
+        head = Head(
+            rollout_id=rollout_id,
+            student=self._args.hf_checkpoint,
+            model=dataclasses.asdict(self._facts),
+            arguments=self._args.as_dict(),
+            metrics=batch.metrics,
+            data_position=self.state_dict(),
+        )
+        pictures = self.pictures(batch.image_hashes())
+        write_rollout(recording_path(place, rollout_id), head, batch.samples, pictures)
+        seconds = {"perf/record_seconds": time.perf_counter() - start}
+        return RolloutBatch(batch.samples, batch.metrics | seconds)
 
     def _writer(self) -> EngineClient:
         """Return who answers the training prompts (`--sample-from`)."""

@@ -203,6 +203,42 @@ CONTRADICTIONS = {
         (*DISTIL, "--custom-rm-path", "plugins/reward.py"),
         ("--custom-rm-path", "package.module"),
     ),
+    "a strange placeholder": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{step}/{rollout_id}"),
+        ("--save-debug-rollout-data", "{step}", "{rollout_id}"),
+    ),
+    "a nameless placeholder": (
+        (*DISTIL, "--load-debug-rollout-data", "runs/{}.parquet"),
+        ("--load-debug-rollout-data", "{}", "{rollout_id}"),
+    ),
+    "a lone brace": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{rollout_id"),
+        ("--save-debug-rollout-data", "braces", "{rollout_id}"),
+    ),
+    "a format that is none": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{rollout_id:many}"),
+        ("--save-debug-rollout-data", "braces"),
+    ),
+    "a format that hides the number": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{rollout_id.real.imag}"),
+        ("--save-debug-rollout-data", "{rollout_id.real.imag}"),
+    ),
+    "one file for every rollout": (
+        (*DISTIL, "--save-debug-rollout-data", "rollout.parquet"),
+        ("--save-debug-rollout-data", "overwrite", "{rollout_id}"),
+    ),
+    "writing what is read": (
+        (*DISTIL, "--save-debug-rollout-data", "a", "--load-debug-rollout-data", "b"),
+        ("--save-debug-rollout-data", "--load-debug-rollout-data", "Drop one"),
+    ),
+    "a replay that is evaluated": (
+        (*DISTIL, "--load-debug-rollout-data", "a", "--eval-prompt-data", "a", "b"),
+        ("--eval-prompt-data", "--load-debug-rollout-data", "--load its checkpoint"),
+    ),
+    "a replay whose teacher is evaluated": (
+        (*DISTIL, "--load-debug-rollout-data", "a", "--eval-prompt-data", "a", "b", "--eval-teacher"),
+        ("--eval-teacher", "--load-debug-rollout-data"),
+    ),
     "an engine url without scheme": (
         (*DISTIL, "--rollout-engine-urls", "localhost:1"),
         ("--rollout-engine-urls",),

@@ -224,6 +224,25 @@ def test_missing_required_flags_are_all_named(refusal: Refuse) -> None:
     assert all(flag in message for flag in ("--hf-checkpoint", "--prompt-data", "--num-rollout"))
 
 
+REPLAY = ("--hf-checkpoint", "m", "--num-rollout", "3", "--load-debug-rollout-data", "recorded")
+
+
+def test_a_replay_needs_neither_prompts_nor_a_teacher(refusal: Refuse) -> None:
+    args = parse_args([*REPLAY, "--use-opd", "--opd-type", "sglang"])
+    assert args.replays
+    assert (args.prompt_data, args.rm_url) == ("", None)
+    without = ("--hf-checkpoint", "m", "--num-rollout", "3", "--rm-type", "math")
+    assert "--prompt-data" in refusal(base=without)
+    with pytest.raises(ArgumentsError, match="--prompt-data"):
+        dataclasses.replace(args, load_debug_rollout_data=None)
+
+
+def test_where_rollouts_are_recorded_does_not_depend_on_the_process(parsed: Parse) -> None:
+    args = parsed("--save-debug-rollout-data", "runs/a/{rollout_id}.parquet")
+    assert args.save_debug_rollout_data == str(Path.cwd() / "runs/a/{rollout_id}.parquet")
+    assert not args.replays
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -155,7 +155,7 @@ async def test_a_failed_sample_is_masked_and_asks_nobody(
 async def test_without_distillation_the_rule_is_the_reward() -> None:
     args = _grpo_args("--rm-type", "math")
     (sample,) = await judged(Rewards(args, facts()), answered_sample())
-    assert (sample.reward, sample.metadata["train_reward"]) == (1.0, 1.0)
+    assert sample.reward == sample.metadata["task_reward"] == sample.metadata["raw_reward"] == 1.0
     assert sample.teacher_log_probs is None
 
 
