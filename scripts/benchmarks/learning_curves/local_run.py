@@ -1,6 +1,7 @@
 """One run in one process, without Ray: the loop of `slime.train` on stand-ins for its two groups of actors.
 
-Student engine and teacher are servers, as in the real job; rollout side and trainer are called directly.
+Student engine and teacher are servers, as in the real job; rollout side and trainer are called directly. Only
+the verbs that a run of the benchmark needs are there: no checkpoints, no evaluation of the teacher.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from scripts.benchmarks.learning_curves.curves import curve_of, stage_seconds, teacher_accuracy
+from scripts.benchmarks.learning_curves.curves import curve_of, first_value, is_closed, stage_seconds
 from scripts.benchmarks.learning_curves.methods import METHODS, Case, Run, kl_flags, train_flags
+from scripts.benchmarks.learning_curves.results import Result
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
 from slime.backends.fsdp.backend import FsdpBackend
@@ -35,15 +38,28 @@ class StopRunError(Exception):
     """The student has learned what it was to learn; the rest of the rollouts is left out."""
 
 
-class LocalRollouts:
-    """The verbs of `RolloutGroup`, called directly. Ends the run by `StopRunError` as the case says."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all runs of a worker share."""
 
-    def __init__(self, args: Args, engine_url: str, stop_share: float | None) -> None:
+    data: Mapping[str, Path]
+    """The parquet file of each split."""
+    teacher_url: str
+    engine_url: str
+    """The student's engine: it may hold any weights of the students' architecture, and keeps a run's last."""
+
+
+class LocalRollouts:
+    """The verbs of `RolloutGroup`, called directly."""
+
+    def __init__(
+        self, args: Args, engine_url: str, teacher_accuracy: float, stop_share: float | None
+    ) -> None:
+        """Load data. A run ends once two evaluations in a row have closed `stop_share` of the gap."""
         self._args = args
         self._manager = RolloutManager(args, [engine_url])
-        self._version: str | None = None
+        self._teacher_accuracy = teacher_accuracy
         self._stop_share = stop_share
-        self._teacher = 1.0
         self._accuracies: list[float] = []
 
     def wait_ready(self) -> None:
@@ -55,7 +71,7 @@ class LocalRollouts:
         Raises:
             StopRunError: enough of the gap is closed.
         """
-        if self._closed_enough():
+        if is_closed(self._accuracies, self._teacher_accuracy, self._stop_share):
             raise StopRunError
         start = time.perf_counter()
         batch = self._manager.generate(rollout_id)
@@ -68,21 +84,10 @@ class LocalRollouts:
         return RolloutResult(shards=cast(Any, shards), metrics=batch.metrics | times)
 
     def evaluate(self, rollout_id: int, who: Who) -> dict[str, float]:
-        """Return the held-out accuracy of the student or the teacher."""
+        """Return the held-out accuracy."""
         metrics = self._manager.evaluate(rollout_id, who)
-        if who == "student":
-            self._accuracies.append(metrics["eval/accuracy"])
-        else:
-            self._teacher = metrics["eval/accuracy"]
+        self._accuracies.append(metrics["eval/accuracy"])
         return metrics
-
-    def evaluate_later(self, rollout_id: int, who: Who) -> Who:
-        """Order an evaluation, which is made when its result is asked for."""
-        return who
-
-    def result(self, ordered: Who) -> dict[str, float]:
-        """Return what was ordered."""
-        return self.evaluate(0, ordered)
 
     def update_weights(self, path: Path, version: str) -> None:
         """Load the weights at `path` into the engine."""
@@ -91,13 +96,6 @@ class LocalRollouts:
     def close(self) -> None:
         """Close the connections."""
         self._manager.close()
-
-    def _closed_enough(self) -> bool:
-        if self._stop_share is None:
-            return False
-        start, *later = self._accuracies
-        level = start + self._stop_share * (self._teacher - start)
-        return len(later) >= 2 and min(later[-2:]) >= level
 
 
 class LocalTrainers:
@@ -143,42 +141,44 @@ class LocalTrainers:
         self._backend.close()
 
 
-def run_locally(
-    run: Run, data: Mapping[str, Path], teacher_url: str, engine_url: str, folder: Path, console: TextIO
-) -> dict[str, Any]:
-    """Train and evaluate; return the run's result as plain data.
-
-    The engine may hold any weights of the case's architecture; it is left with the student's last.
-    """
+def run_locally(run: Run, setting: Setting, teacher_accuracy: float, folder: Path, console: TextIO) -> Result:
+    """Train, evaluate, and hold the finished student against the teacher; metrics go to `folder`."""
     started = time.perf_counter()
-    args = parse_args(train_flags(run, data, teacher_url, folder))
+    args = parse_args(train_flags(run, setting.data, setting.teacher_url, folder))
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(args, console))
         store = stack.enter_context(WeightStore.create(folder, Path(args.hf_checkpoint), one_machine=True))
-        rollouts = stack.enter_context(closing(LocalRollouts(args, engine_url, run.case.stop_share)))
+        rollouts = LocalRollouts(args, setting.engine_url, teacher_accuracy, run.case.stop_share)
+        stack.enter_context(closing(rollouts))
         trainers = stack.enter_context(closing(LocalTrainers(args, store)))
         with suppress(StopRunError):
             train(args, tracker, cast(Any, rollouts), cast(Any, trainers))
-        kl, tokens = final_kl(run.case, data, teacher_url, engine_url, folder)
-    points = curve_of(tracker.records, teacher_samples=METHODS[run.method].teacher_samples)
-    return {
-        "run": run.as_dict(),
-        "teacher": teacher_accuracy(tracker.records),
-        "points": [point.as_dict() for point in points],
-        "final_kl": kl,
-        "final_kl_tokens": tokens,
-        "stage_seconds": stage_seconds(tracker.records),
-        "wall_seconds": time.perf_counter() - started,
-    }
+        kl, tokens = final_kl(run.case, setting, folder)
+    records = tracker.records
+    return Result(
+        run=run,
+        teacher=teacher_accuracy,
+        test_rows=round(first_value(records, "eval/test/samples")),
+        points=tuple(curve_of(records, teacher_samples=METHODS[run.method].teacher_samples)),
+        final_kl=kl,
+        final_kl_tokens=tokens,
+        stage_seconds=stage_seconds(records),
+        wall_seconds=time.perf_counter() - started,
+    )
 
 
-def final_kl(
-    case: Case, data: Mapping[str, Path], teacher_url: str, engine_url: str, folder: Path
-) -> tuple[float, int]:
+def measure_teacher(run: Run, setting: Setting, folder: Path) -> float:
+    """Return the teacher's accuracy on the test split."""
+    args = parse_args(train_flags(run, setting.data, setting.teacher_url, folder))
+    with closing(RolloutManager(args, [setting.engine_url])) as manager:
+        return manager.evaluate(0, "teacher")["eval/accuracy"]
+
+
+def final_kl(case: Case, setting: Setting, folder: Path) -> tuple[float, int]:
     """Let the student in the engine answer test prompts; return the mean of log pi_S - log pi_T over its
     tokens, and their number."""
-    args = parse_args(kl_flags(case, data, teacher_url, folder))
-    with closing(RolloutManager(args, [engine_url])) as manager:
+    args = parse_args(kl_flags(case, setting.data, setting.teacher_url, folder))
+    with closing(RolloutManager(args, [setting.engine_url])) as manager:
         return mean_gap(manager.generate(0).samples)
 
 

@@ -121,16 +121,15 @@ class Run:
         return f"{self.case.name}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the run as plain data, as JSON gives it back."""
-        return asdict(self) | {
-            "case": asdict(self.case) | {"learning_rates": list(self.case.learning_rates)}
-        }
+        """Return the run as plain data, as JSON gives it back, with the method's flags."""
+        case = asdict(self.case) | {"learning_rates": list(self.case.learning_rates)}
+        return asdict(self) | {"case": case, "flags": list(METHODS[self.method].flags)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the run of `as_dict`."""
         case = Case(**data["case"] | {"learning_rates": tuple(data["case"]["learning_rates"])})
-        return cls(**{**data, "case": case})
+        return cls(case=case, method=data["method"], learning_rate=data["learning_rate"], seed=data["seed"])
 
 
 def grid_runs(cases: Sequence[Case], methods: Sequence[str]) -> Iterator[Run]:
@@ -153,7 +152,6 @@ def train_flags(run: Run, data: Mapping[str, Path], teacher_url: str, output_dir
         *("--adam-beta1", "0.9", "--adam-beta2", "0.98", "--train-dtype", "float32", "--train-threads", "1"),
         *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096"),
         *("--eval-prompt-data", "test", str(data["test"]), "--eval-interval", str(case.eval_interval)),
-        "--eval-teacher",
         *METHODS[run.method].flags,
     ]
 
