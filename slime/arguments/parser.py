@@ -55,6 +55,8 @@ def build_parser(groups: Sequence[type]) -> argparse.ArgumentParser:
 
 def _options(flag: Flag) -> dict[str, Any]:
     """Return argparse's options for one flag."""
+    if flag.kind == "bool" and flag.spec.derive is not None:  # it may be on by itself, and is not wanted
+        return {"action": argparse.BooleanOptionalAction}
     if flag.kind == "bool":
         return {"action": "store_false" if flag.default is True else "store_true"}
     options: dict[str, Any] = {"type": _reporting(flag.value_type)}

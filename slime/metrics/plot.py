@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "curves.png"
 STUDENT, TEACHER, FAINT = "#1f5fa8", "#c8571b", "#9db8d6"
+PARTS = {"thinking": "#1f5fa8", "answer": "#3a9d6e", "first_token": "#8e6bb0", "last_token": "#b03a5b"}
+"""Kinds of tokens whose reverse KL is drawn."""
 
 
 def draw_curves(records: Sequence[dict[str, float]], output_dir: Path) -> Path:
-    """Draw evaluation accuracy and reverse KL over the rollouts into a PNG; return its path."""
+    """Draw accuracy, reverse KL and where it is, over the rollouts, into a PNG; return its path."""
     # The canvas is named outright: pyplot would keep the figure and look for a display.
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(15, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, divergence = figure.subplots(1, 2)
+    accuracy, divergence, anatomy = figure.subplots(1, 3)
     _draw_accuracy(accuracy, records)
     _draw_divergence(divergence, records)
-    for axes in (accuracy, divergence):
+    _draw_anatomy(anatomy, records)
+    for axes in (accuracy, divergence, anatomy):
         axes.set_xlabel("rollouts")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
@@ -61,6 +64,18 @@ def _draw_divergence(axes: Axes, records: Sequence[dict[str, float]]) -> None:
     axes.plot(*_series(records, "opd_reverse_kl", offset=1), color=STUDENT, marker=".", linewidth=1.5)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_title("Reverse KL to the teacher (nats per response token)")
+
+
+def _draw_anatomy(axes: Axes, records: Sequence[dict[str, float]]) -> None:
+    """Draw on which tokens student and teacher differ."""
+    for name, colour in PARTS.items():
+        points = _series(records, f"signal/{name}_kl", offset=1)
+        if points[0]:
+            axes.plot(*points, color=colour, linewidth=1.5, label=name.replace("_", " "))
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_title("Where the reverse KL is")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right", fontsize=8, frameon=False)
 
 
 def _series(

@@ -114,7 +114,7 @@ class RolloutActor(Actor):
             self._manager.close()
 
     def _check_versions(self, samples: Sequence[Sample]) -> None:
-        if self._version is None:
+        if self._version is None or self._args.sample_from == "teacher":
             return
         for sample in samples:
             stale = set(sample.weight_versions) - {self._version}

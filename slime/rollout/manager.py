@@ -55,6 +55,7 @@ class RolloutManager:
             concurrency=args.rollout_concurrency,
             timeout=args.request_timeout,
         )
+        self._teacher: EngineClient | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-loop", daemon=True)
         self._thread.start()
@@ -109,7 +110,7 @@ class RolloutManager:
             self._args,
             rollout_id,
             groups,
-            Sampler(self._engines, self._facts),
+            Sampler(self._writer(), self._facts),
             self._rewards,
             self._banned,
             self._function,
@@ -122,20 +123,32 @@ class RolloutManager:
         }
         return RolloutBatch(batch.samples, batch.metrics | counts)
 
-    async def _evaluate(self, who: Literal["student", "teacher"]) -> dict[str, float]:
-        sets = await asyncio.to_thread(self._eval_samples)
-        if who == "student":
-            return await self._answer(sets, self._engines)
-        if not self._args.teacher_urls:
-            raise ValueError("the teacher's accuracy is asked for and no --rm-url names its server.")
-        async with EngineClient(
+    def _writer(self) -> EngineClient:
+        """Return who answers the training prompts (`--sample-from`)."""
+        if self._args.sample_from == "student":
+            return self._engines
+        if self._teacher is None:
+            self._teacher = self._teacher_client()
+        return self._teacher
+
+    def _teacher_client(self) -> EngineClient:
+        """Return a client that lets the teacher's servers write."""
+        return EngineClient(
             self._args.teacher_urls,
             role="teacher",
             remedy=TEACHER_REMEDY,
             concurrency=self._args.teacher_concurrency,
             timeout=self._args.request_timeout,
             patience=self._args.teacher_patience,
-        ) as teacher:
+        )
+
+    async def _evaluate(self, who: Literal["student", "teacher"]) -> dict[str, float]:
+        sets = await asyncio.to_thread(self._eval_samples)
+        if who == "student":
+            return await self._answer(sets, self._engines)
+        if not self._args.teacher_urls:
+            raise ValueError("the teacher's accuracy is asked for and no --rm-url names its server.")
+        async with self._teacher_client() as teacher:
             return await self._answer(sets, teacher)
 
     async def _answer(self, sets: dict[str, list[Sample]], client: EngineClient) -> dict[str, float]:
@@ -159,6 +172,8 @@ class RolloutManager:
 
     async def _close(self) -> None:
         await self._engines.close()
+        if self._teacher is not None:
+            await self._teacher.close()
         await close_teacher_clients()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

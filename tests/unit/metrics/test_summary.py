@@ -50,6 +50,10 @@ def test_what_was_not_evaluated_says_so(summary):
     assert "not given" in render_table(bare)
 
 
+def test_the_teachers_tokens_are_not_called_the_students(summary):
+    assert "teacher tokens" in render_table(dataclasses.replace(summary, written_by="teacher"))
+
+
 def test_the_json_has_the_promised_keys(summary, tmp_path):
     written = json.loads(write_summary(summary, tmp_path).read_text())
     assert list(written) == [
@@ -62,5 +66,7 @@ def test_the_json_has_the_promised_keys(summary, tmp_path):
         "wall_seconds",
         "backend",
         "engine",
+        "written_by",
+        "signal",
     ]
     assert written["student_tokens"] == 123456

@@ -60,8 +60,9 @@ async def test_the_task_stream_is_the_unweighted_grade(monkeypatch: pytest.Monke
     flags = ("--rm-type", "math", "--task-reward-weight", "0.5")
     right, wrong = answered_sample(), answered_sample(1, label="5")
     await judged(rewards(monkeypatch, *flags), right, wrong)
-    assert [sample.metadata["train_reward"] for sample in (right, wrong)] == [1.0, 0.0]
-    assert [sample.metadata["raw_reward"] for sample in (right, wrong)] == [0.0, 0.0]
+    assert [sample.reward for sample in (right, wrong)] == [1.0, 0.0]
+    assert [sample.metadata["task_reward"] for sample in (right, wrong)] == [1.0, 0.0]
+    assert [sample.metadata["train_reward"] for sample in (right, wrong)] == [0.0, 0.0], "the plugin's own"
 
 
 async def test_a_hybrid_plugin_returns_its_own_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
