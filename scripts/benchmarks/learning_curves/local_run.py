@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any, TextIO, cast
 
 from scripts.benchmarks.learning_curves.curves import curve_of, first_value, is_closed, stage_seconds
@@ -109,7 +110,7 @@ class LocalTrainers:
         processor = load_processor(args.hf_checkpoint)
         masked = never_sampled(processor.tokenizer, model_facts(args.hf_checkpoint).vocab_size)
         self._backend = cast(FsdpBackend, create_backend(args, 0, 1, masked))
-        self._trainer = Trainer(args, self._backend, processor)
+        self._trainer = Trainer(args, self._backend, processor, masked)
 
     def wait_ready(self) -> None:
         """Return at once: the model is there."""
@@ -153,15 +154,15 @@ def run_locally(run: Run, setting: Setting, teacher_accuracy: float, folder: Pat
         trainers = stack.enter_context(closing(LocalTrainers(args, store)))
         with suppress(StopRunError):
             train(args, tracker, cast(Any, rollouts), cast(Any, trainers))
-        kl, tokens = final_kl(run.case, setting, folder)
+        final = held_against_teacher(run.case, setting, folder)
     records = tracker.records
     return Result(
         run=run,
         teacher=teacher_accuracy,
         test_rows=round(first_value(records, "eval/test/samples")),
         points=tuple(curve_of(records, teacher_samples=METHODS[run.method].teacher_samples)),
-        final_kl=kl,
-        final_kl_tokens=tokens,
+        final_kl=mean_gap(final),
+        final_sampled_accuracy=mean(sample.metadata["task_reward"] for sample in final),
         stage_seconds=stage_seconds(records),
         wall_seconds=time.perf_counter() - started,
     )
@@ -174,24 +175,23 @@ def measure_teacher(run: Run, setting: Setting, folder: Path) -> float:
         return manager.evaluate(0, "teacher")["eval/accuracy"]
 
 
-def final_kl(case: Case, setting: Setting, folder: Path) -> tuple[float, int]:
-    """Let the student in the engine answer test prompts; return the mean of log pi_S - log pi_T over its
-    tokens, and their number."""
+def held_against_teacher(case: Case, setting: Setting, folder: Path) -> list[Sample]:
+    """Let the student in the engine answer test prompts at temperature 1; return its answers, scored by the
+    teacher and graded."""
     args = parse_args(kl_flags(case, setting.data, setting.teacher_url, folder))
     with closing(RolloutManager(args, [setting.engine_url])) as manager:
-        return mean_gap(manager.generate(0).samples)
+        return [sample for sample in manager.generate(0).samples if sample.status in TRAINED]
 
 
-def mean_gap(samples: Sequence[Sample]) -> tuple[float, int]:
-    """Return the mean of log pi_S - log pi_T over all scored tokens, pi_S being the engine's, and their
-    number."""
-    gaps = [
-        student - teacher
-        for sample in samples
-        if sample.status in TRAINED and sample.teacher_log_probs is not None and sample.rollout_log_probs
-        for student, teacher in zip(sample.rollout_log_probs, sample.teacher_log_probs.tolist(), strict=True)
-    ]
-    return sum(gaps) / len(gaps), len(gaps)
+def mean_gap(samples: Sequence[Sample]) -> float:
+    """Return the mean of log pi_S - log pi_T over all tokens of scored responses, pi_S being the engine's."""
+    gaps: list[float] = []
+    for sample in samples:
+        assert sample.rollout_log_probs is not None
+        assert sample.teacher_log_probs is not None
+        pairs = zip(sample.rollout_log_probs, sample.teacher_log_probs.tolist(), strict=True)
+        gaps += [student - teacher for student, teacher in pairs]
+    return mean(gaps)
 
 
 def _pictures_of(samples: Sequence[Sample]) -> list[str]:

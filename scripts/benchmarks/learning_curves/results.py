@@ -26,7 +26,8 @@ class Result:
     """All evaluations; the first is of the start, the last of the finished student."""
     final_kl: float
     """Mean of log pi_S - log pi_T over what the finished student samples on test prompts."""
-    final_kl_tokens: int
+    final_sampled_accuracy: float
+    """Share of those responses that are right: accuracy at temperature 1, where `points` are greedy."""
     stage_seconds: Mapping[str, float]
     wall_seconds: float
     """All of the run, evaluations included."""
