@@ -12,6 +12,7 @@ from typing import Literal
 Cost = Literal["tokens", "teacher_tokens", "seconds"]
 STAGES = ("rollout", "train", "sync")
 """Stages of the loop whose `perf/<stage>_seconds` are the wall time of a run. Evaluations are left out."""
+HOPELESS_EVALUATIONS, HOPELESS_SHARE = 10, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,13 @@ def is_closed(accuracies: Sequence[float], teacher: float, share: float | None) 
     if share is None or len(accuracies) < 3:
         return False
     return min(accuracies[-2:]) >= accuracies[0] + share * (teacher - accuracies[0])
+
+
+def is_hopeless(accuracies: Sequence[float], teacher: float) -> bool:
+    """Tell whether ten evaluations after the first have not closed a tenth of the gap."""
+    if len(accuracies) <= HOPELESS_EVALUATIONS:
+        return False
+    return max(accuracies) < accuracies[0] + HOPELESS_SHARE * (teacher - accuracies[0])
 
 
 def reached(points: Sequence[Point], level: float, cost: Cost) -> float | None:

@@ -15,7 +15,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TextIO, cast
 
-from scripts.benchmarks.learning_curves.curves import curve_of, first_value, is_closed, stage_seconds
+from scripts.benchmarks.learning_curves.curves import (
+    curve_of,
+    first_value,
+    is_closed,
+    is_hopeless,
+    stage_seconds,
+)
 from scripts.benchmarks.learning_curves.methods import METHODS, Case, Run, kl_flags, train_flags
 from scripts.benchmarks.learning_curves.results import Result
 from slime.arguments import Args, parse_args
@@ -36,7 +42,7 @@ from slime.weight_sync.store import WeightStore
 
 
 class StopRunError(Exception):
-    """The student has learned what it was to learn; the rest of the rollouts is left out."""
+    """The student has learned what it was to learn, or learns nothing: no further rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,8 @@ class LocalRollouts:
     def __init__(
         self, args: Args, engine_url: str, teacher_accuracy: float, stop_share: float | None
     ) -> None:
-        """Load data. A run ends once two evaluations in a row have closed `stop_share` of the gap."""
+        """Load data. A run ends once two evaluations in a row have closed `stop_share` of the gap, or ten
+        have closed next to nothing of it."""
         self._args = args
         self._manager = RolloutManager(args, [engine_url])
         self._teacher_accuracy = teacher_accuracy
@@ -70,9 +77,10 @@ class LocalRollouts:
         """Sample and score one rollout.
 
         Raises:
-            StopRunError: enough of the gap is closed.
+            StopRunError: enough of the gap is closed, or too little.
         """
-        if is_closed(self._accuracies, self._teacher_accuracy, self._stop_share):
+        seen, teacher = self._accuracies, self._teacher_accuracy
+        if is_closed(seen, teacher, self._stop_share) or is_hopeless(seen, teacher):
             raise StopRunError
         start = time.perf_counter()
         batch = self._manager.generate(rollout_id)

@@ -13,6 +13,8 @@ GRID_SEED = 1
 """The seed under which every learning rate is tried; the best one is run under more."""
 VOCABULARY = 130
 """Tokens of the tiny models: with so many likeliest ones, the divergences are over the whole distribution."""
+GROUP = 4
+"""Samples of a prompt, where rewards are compared within a group."""
 KL_PROMPTS, KL_SAMPLES, KL_SEED = 128, 2, 7
 """What the final KL is measured on: the same prompts and seeds for every run."""
 
@@ -27,6 +29,8 @@ class Case:
     """Of `slime.tiny`."""
     learning_rates: tuple[float, ...]
     num_rollout: int
+    samples: int
+    """Responses of one rollout, which is one optimizer step."""
     eval_interval: int
     warmup: int
     """Optimizer steps of linear warm-up."""
@@ -42,17 +46,19 @@ CASES = {
             title="Student with a bad habit",
             checkpoint="student",
             learning_rates=(1e-4, 3e-4, 1e-3),
-            num_rollout=20,
-            eval_interval=1,
+            num_rollout=40,
+            samples=32,
+            eval_interval=2,
             warmup=0,
-            stop_share=None,
+            stop_share=0.97,
         ),
         Case(
             name="weak",
             title="Weak student",
             checkpoint="weak",
-            learning_rates=(3e-4, 1e-3, 2e-3),
-            num_rollout=150,
+            learning_rates=(5e-4, 1e-3, 2e-3),
+            num_rollout=200,
+            samples=128,
             eval_interval=10,
             warmup=10,
             stop_share=0.93,
@@ -70,6 +76,8 @@ class Method:
     flags: tuple[str, ...]
     teacher_samples: bool = False
     """Whether the responses that are trained on are the teacher's."""
+    samples_per_prompt: int = 1
+    """More than one where rewards are compared within a group; else fresh prompts teach more."""
 
 
 DISTIL = ("--use-opd", "--opd-type", "sglang", "--disable-grpo-std-normalization")
@@ -94,6 +102,7 @@ METHODS = {
             name="hybrid",
             label="sampled reverse KL + task reward",
             flags=(*DISTIL, "--rm-type", "math", "--task-reward-weight", "0.5"),
+            samples_per_prompt=GROUP,
         ),
         Method(
             name="sft",
@@ -101,7 +110,12 @@ METHODS = {
             flags=("--loss-type", "sft_loss", "--sample-from", "teacher"),
             teacher_samples=True,
         ),
-        Method(name="grpo", label="GRPO, task reward alone", flags=("--rm-type", "math")),
+        Method(
+            name="grpo",
+            label="GRPO, task reward alone",
+            flags=("--rm-type", "math"),
+            samples_per_prompt=GROUP,
+        ),
     )
 }
 
@@ -142,12 +156,13 @@ def grid_runs(cases: Sequence[Case], methods: Sequence[str]) -> Iterator[Run]:
 
 def train_flags(run: Run, data: Mapping[str, Path], teacher_url: str, output_dir: Path) -> list[str]:
     """Return the command line of a run: that of the main job without a GPU, but for the method's flags."""
-    case = run.case
+    case, group = run.case, METHODS[run.method].samples_per_prompt
     return [
         *_common_flags(case, teacher_url, output_dir),
         *("--prompt-data", str(data["train"]), "--rollout-shuffle", "--seed", str(run.seed)),
-        *("--num-rollout", str(case.num_rollout), "--rollout-batch-size", "32"),
-        *("--n-samples-per-prompt", "4", "--advantage-estimator", "grpo", "--calculate-per-token-loss"),
+        *("--num-rollout", str(case.num_rollout), "--rollout-batch-size", str(case.samples // group)),
+        *("--n-samples-per-prompt", str(group), "--advantage-estimator", "grpo"),
+        "--calculate-per-token-loss",
         *("--lr", f"{run.learning_rate:g}", "--lr-warmup-iters", str(case.warmup)),
         *("--adam-beta1", "0.9", "--adam-beta2", "0.98", "--train-dtype", "float32", "--train-threads", "1"),
         *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096"),

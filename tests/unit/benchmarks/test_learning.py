@@ -20,6 +20,7 @@ from scripts.benchmarks.learning_curves.curves import (
     binomial_error,
     curve_of,
     is_closed,
+    is_hopeless,
     mean_accuracy,
     reached,
     stage_seconds,
@@ -145,6 +146,14 @@ def test_a_run_costs_tokens_trained_on_and_the_time_of_its_rollouts(teacher_samp
 )
 def test_a_run_ends_after_two_evaluations_at_the_top(accuracies, share, closed):
     assert is_closed(accuracies, 1.0, share) is closed
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "hopeless"),
+    [([0.2] * 10, False), ([0.2] * 11, True), ([0.2] * 10 + [0.29], False), ([0.2, *[0.0] * 10], True)],
+)
+def test_a_run_that_learns_nothing_is_given_up(accuracies: list[float], hopeless: bool) -> None:
+    assert is_hopeless(accuracies, 1.0) is hopeless
 
 
 def test_the_final_kl_is_a_token_mean():
@@ -298,9 +307,9 @@ def test_a_run_trains_evaluates_and_is_reported(out):
     done = finished(out, Run(case=case, method="sampled", learning_rate=1e-3, seed=1))
     assert done is not None, job.console
     assert done.test_rows == 64
-    assert [point.rollouts for point in done.points] == [0, 1, 2]
+    assert [point.rollouts for point in done.points] == [0, 2]
     assert done.accuracy > done.start + 0.2
-    assert done.points[-1].tokens > 2 * 128 * 20
+    assert done.points[-1].tokens > 2 * 32 * 20
     assert 0 < done.final_kl < 1
     assert 0 < done.final_sampled_accuracy < 1
     written = (out / "report.md").read_text()
