@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from slime.arguments import Args
 
 
+TAIL_LEFT = 1e-3
+"""A row with less mass outside is the whole vocabulary, for all that a server can say."""
 SOLVED = 0.5
 """The grade from which on a response counts as right (`--opd-gate`)."""
 
@@ -35,9 +37,9 @@ class StepPlan:
     """Loss tokens of the step over all ranks."""
     num_samples: int
     """Samples of the step over all ranks."""
-    num_distilled_tokens: int = 0
+    num_distilled_tokens: int
     """Those of the loss tokens that the teacher's stream is trained on."""
-    num_distilled_samples: int = 0
+    num_distilled_samples: int
     """Samples with such a token."""
 
 
@@ -123,9 +125,17 @@ def _task_advantages(args: Args, samples: Sequence[Sample]) -> list[Tensor]:
     `--task-reward-weight` scales the advantages, not the rewards: a normalisation would cancel it there.
     """
     weight = args.task_reward_weight if args.task_reward_weight > 0 else 1.0
+    masks = [_mask(sample).double() for sample in samples]
+    if args.loss_type == "sft_loss":
+        return [torch.zeros_like(mask).float() for mask in masks]
     name = "task_reward" if args.trains_on_grades else "train_reward"
     rewards = torch.tensor([_number(sample, name) for sample in samples], dtype=torch.float64)
-    masks = [_mask(sample).double() for sample in samples]
+    if args.advantage_estimator == "grpo" and args.n_samples_per_prompt == 1 and rewards.any():
+        raise ValueError(
+            "there are rewards to train on, --advantage-estimator grpo compares the samples of one prompt, "
+            "and --n-samples-per-prompt is 1: every task advantage would be zero. Use at least 2, or "
+            "--advantage-estimator reinforce_plus_plus."
+        )
     if args.advantage_estimator == "grpo":
         groups = torch.tensor([_group(sample) for sample in samples])
         scalars = group_normalized(rewards, groups, divide_by_std=args.grpo_std_normalization)
@@ -185,9 +195,11 @@ def _to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSam
     if args.use_tis and sample.rollout_log_probs is None:
         raise ValueError(
             f"sample {sample.index} ({sample.response_length} response tokens) has no rollout_log_probs, and "
-            f"importance weights need them (--use-tis, or --rollout-temperature {args.rollout_temperature:g} "
-            "other than 1). A function named by --custom-generate-function-path must keep the log-probs that "
-            "the engine returned for the sampled tokens, or mark the sample as failed."
+            "importance weights need them (--use-tis, which is on where a rollout is used for several "
+            f"steps or --rollout-temperature is not 1, here {args.rollout_temperature:g}; --no-use-tis "
+            "turns it off for several steps). A function named by --custom-generate-function-path must "
+            "keep the log-probs that the engine returned for the sampled tokens, or mark the sample as "
+            "failed."
         )
     return TrainSample(
         index=sample.index,
@@ -213,31 +225,52 @@ def _teacher_parts(args: Args, sample: Sample, mask: Tensor) -> dict[str, Tensor
         return {"teacher_log_probs": _log_probs(sample, "rollout_log_probs", mask) if wrote else None}
     parts: dict[str, Tensor | None] = {"teacher_log_probs": _log_probs(sample, "teacher_log_probs", mask)}
     if args.opd_top_k > 0:
-        parts |= _top_k(args, sample)
+        parts |= _top_k(args, sample, mask)
     if args.opd_gate != "all":
         solved = _number(sample, "task_reward") >= SOLVED
         parts["distill_mask"] = mask * (solved == (args.opd_gate == "right"))
     return parts
 
 
-def _top_k(args: Args, sample: Sample) -> dict[str, Tensor | None]:
-    """Return the teacher's top-k; none where it is for the metrics alone and a plugin did not ask for it."""
+def _top_k(args: Args, sample: Sample, mask: Tensor) -> dict[str, Tensor | None]:
+    """Return the teacher's `--opd-top-k` likeliest tokens; what the sample has beyond them joins the tail.
+
+    Raises:
+        ValueError: the sample has none, or fewer, or they are no distribution.
+    """
     ids, log_probs, tail = sample.teacher_top_ids, sample.teacher_top_log_probs, sample.teacher_tail_mass
     if ids is None or log_probs is None or tail is None:
-        if args.opd_loss == "sampled":
-            return {}
         raise ValueError(
-            f"sample {sample.index} has no top-k of the teacher, and --opd-loss topk learns from it. A "
+            f"sample {sample.index} has no top-k of the teacher, and --opd-top-k is {args.opd_top_k}. A "
             "plugin of your own must write teacher_top_ids, teacher_top_log_probs and teacher_tail_mass, as "
-            "attach_scores in slime.rollout.on_policy_distillation does."
+            "attach_scores in slime.rollout.on_policy_distillation does; without one, drop --opd-top-k."
         )
-    for name, part in (
-        ("teacher_top_ids", ids),
-        ("teacher_top_log_probs", log_probs),
-        ("teacher_tail_mass", tail),
-    ):
-        _require_length(sample, name, len(part))
-    return {"teacher_top_ids": ids, "teacher_top_log_probs": log_probs, "teacher_tail_mass": tail}
+    length, width = sample.response_length, ids.shape[-1]
+    if ids.shape != (length, width) or log_probs.shape != ids.shape or tail.shape != (length,):
+        raise ValueError(
+            f"sample {sample.index} has {length} response tokens and a top-k of the shapes "
+            f"{tuple(ids.shape)}, {tuple(log_probs.shape)} and {tuple(tail.shape)}; [R, K], [R, K] and [R] "
+            "are needed."
+        )
+    trained = mask != 0
+    if width < args.opd_top_k and bool((tail[trained] > TAIL_LEFT).any()):
+        raise ValueError(
+            f"sample {sample.index} has the teacher's top-{width}, and --opd-top-k is {args.opd_top_k}. Use "
+            f"--opd-top-k {width}, or record anew."
+        )
+    log_probs, tail = log_probs.where(trained[:, None], 0), tail.where(trained, 0)
+    if not (log_probs.isfinite().all() and ((tail >= 0) & (tail <= 1)).all() and (ids >= 0).all()):
+        raise ValueError(
+            f"sample {sample.index} has a top-k of the teacher that is no distribution: log-probs must be "
+            "finite, ids not negative, and the tail's mass between 0 and 1."
+        )
+    kept = slice(None, args.opd_top_k)
+    cut = log_probs[:, args.opd_top_k :].double().exp().sum(dim=1).float()
+    return {
+        "teacher_top_ids": ids[:, kept],
+        "teacher_top_log_probs": log_probs[:, kept],
+        "teacher_tail_mass": (tail + cut).where(trained, 0),
+    }
 
 
 def _log_probs(sample: Sample, name: str, mask: Tensor) -> Tensor | None:
@@ -284,21 +317,19 @@ def _plan_shards(
         )
         masks = [samples[index].loss_mask for index in chosen]
         distilled = [_distill_mask(samples[index]) for index in chosen]
+        counts = {
+            "num_tokens": sum(int(mask.sum()) for mask in masks),
+            "num_samples": len(chosen),
+            "num_distilled_tokens": sum(int(mask.sum()) for mask in distilled),
+            "num_distilled_samples": sum(bool(mask.any()) for mask in distilled),
+        }
         for rank, batches in enumerate(plan):
             local: list[tuple[int, ...]] = []
             for batch in batches:
                 start = len(owned[rank])
                 owned[rank].extend(chosen[index] for index in batch)
                 local.append(tuple(range(start, start + len(batch))))
-            steps[rank].append(
-                StepPlan(
-                    micro_batches=tuple(local),
-                    num_tokens=sum(int(mask.sum()) for mask in masks),
-                    num_samples=len(chosen),
-                    num_distilled_tokens=sum(int(mask.sum()) for mask in distilled),
-                    num_distilled_samples=sum(bool(mask.any()) for mask in distilled),
-                )
-            )
+            steps[rank].append(StepPlan(micro_batches=tuple(local), **counts))
     return [
         _shard(rollout_id, [samples[index] for index in mine], pictures, plans, carried_by_all(samples))
         for mine, plans in zip(owned, steps, strict=True)

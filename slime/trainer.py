@@ -118,5 +118,6 @@ class Trainer:
             kl_loss_type=args.kl_loss_type,
             tis_clip=(args.tis_clip_low, args.tis_clip) if args.use_tis else None,
             rollout_temperature=args.rollout_temperature,
+            teacher_wrote=args.sample_from == "teacher",
             never_sampled=self._never_sampled,
         )

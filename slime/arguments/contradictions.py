@@ -72,10 +72,10 @@ def _rewards(args: Args) -> Iterator[str]:
         )
     if args.task_reward_weight > 0 and args.label_key is None:
         yield "--task-reward-weight grades against reference answers; set --label-key to their column."
-    if args.opd_gate != "all" and args.label_key is None:
+    if args.opd_gate != "all" and args.rm_type is None:
         yield (
-            f"--opd-gate {args.opd_gate} chooses by the task's grade, and there are no reference answers "
-            "to grade by; set --label-key to their column."
+            f"--opd-gate {args.opd_gate} chooses by the task's grade, and no rule gives one; add --rm-type "
+            "math, or the dotted path of your own rule."
         )
 
 
@@ -101,7 +101,20 @@ def _teacher_samples(args: Args) -> Iterator[str]:
             "--loss-type sft_loss is the whole loss; --use-opd, --kl-loss-coef and --entropy-coef would "
             "have no effect. Drop them, or use --loss-type policy_loss."
         )
-    if wrote and args.rm_url is None:
+    judged = {
+        "--custom-rm-path": args.custom_rm_path is not None and not args.use_opd,
+        "--custom-reward-post-process-path": args.custom_reward_post_process_path is not None,
+        "--normalize-advantages": args.normalize_advantages,
+    }
+    for flag in (flag for flag, given in judged.items() if given and args.loss_type == "sft_loss"):
+        yield f"{flag} is about rewards, and --loss-type sft_loss learns from none. Drop it."
+    if wrote and args.kl_loss_coef > 0:
+        yield (
+            "--kl-loss-coef is measured on what the student drew, and --sample-from is teacher. Drop either."
+        )
+    if wrote and args.deterministic_rollout:
+        yield "--deterministic-rollout is about the student's engine, and the teacher samples. Drop it."
+    if wrote and args.rm_url is None and not args.replays:
         yield "--sample-from teacher asks the teacher's server for responses; name it by --rm-url."
     if wrote and args.opd_teachers:
         yield "--sample-from teacher asks one teacher, and --opd-teachers several. Give one by --rm-url."

@@ -14,6 +14,8 @@ def _is_off_policy(args: Any) -> bool:
     """Tell whether tokens are learned from that another distribution than the student's drew."""
     if args.loss_type == "sft_loss" or args.sample_from == "teacher":
         return False
+    if args.opd_loss == "topk" and args.task_reward_weight == 0 and args.kl_loss_coef == 0:
+        return False  # a divergence is a whole expectation at each prefix: nothing sampled is averaged
     one_step = args.global_batch_size in (None, args.samples_per_rollout)  # None: not derived yet
     return args.rollout_temperature != 1.0 or not one_step
 

@@ -22,8 +22,8 @@ class RolloutArgs:
     rollout_max_response_len: int = flag(1024, help="Longest response in tokens.", at_least=1)
     rollout_temperature: float = flag(
         1.0,
-        help="Sampling temperature of the student. Other than 1 it is corrected for (--use-tis): the "
-        "teacher's scores are at temperature 1.",
+        help="Sampling temperature of whoever writes the responses. The student's, other than 1, is "
+        "corrected for (--use-tis): the teacher's scores are at temperature 1.",
         above=0,
     )
     rollout_top_p: float = flag(1.0, help="Nucleus of the student's sampling.", above=0, at_most=1)

@@ -41,6 +41,10 @@ class LossInputs(Protocol):
         """Return the log-probs [P, K] of `ids` [P, K] at each position."""
         ...
 
+    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `gather(ids)` [P, K] of ids that differ, and the log-mass of all other tokens [P]."""
+        ...
+
     def log_probs_at(self, temperature: float) -> Tensor:
         """Return the log-probs [P], float32, of the sampled tokens at another temperature; no gradient."""
         ...

@@ -240,7 +240,24 @@ def _named(
             f"positions, the first {int(wrong[0])}, the sampled token (log-prob {sampled[wrong[0], 0]:.4f}) "
             f"is not in the row from {values[wrong[0], 0]:.4f} to {values[wrong[0], -1]:.4f} it must be in."
         )
-    return np.where(own & unnamed, tokens, ids)
+    return _told_apart(np.where(own & unnamed, tokens, ids), vocab_size)
+
+
+def _told_apart(ids: npt.NDArray[np.int32], vocab_size: int | None) -> npt.NDArray[np.int32]:
+    """Return rows in which no id stands twice.
+
+    A row with two zeros holds the last id, which servers report as 0 too: the less likely of the two is taken
+    for it, since vocabularies end in rows that no token has.
+    """
+    if vocab_size is not None:
+        zeros = ids == 0
+        second = zeros & (zeros.cumsum(axis=1) == 2)
+        ids = np.where(second, np.int32(vocab_size - 1), ids)
+    ordered = np.sort(ids, axis=1)
+    twice = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+    if twice.size:
+        raise AnswerError(f"the teacher's top-k names a token twice, first at response position {twice[0]}.")
+    return ids
 
 
 def _tail_mass(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

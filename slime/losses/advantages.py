@@ -1,7 +1,6 @@
 """Advantages of the task-reward stream, over a whole rollout.
 
-They see rewards alone: the distillation term is added later, token by token, and is never normalised with
-them.
+They see rewards alone: the teacher's stream has its own term in the loss, and is never normalised with them.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def distillation_advantages(
     sample_rows: Tensor,
     clip: float | None = None,
     discount: float = 0.0,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Return the teacher's advantages, `-coef * (log pi_S - log pi_T)` and what follows: [P] -> [P].
 
@@ -44,12 +45,16 @@ def distillation_advantages(
         sample_rows: int64 [P], the sample that a token belongs to; a sample's tokens lie together, in order.
         clip: each token's own term is cut to [-clip, clip] first; None leaves it. A cut signal is biased.
         discount: weight of the next token's term, its square that of the one after, and so on; 0: no future.
+        importance: [P], importance weights of the tokens (`importance.py`): each later term takes its own;
+            the token's is the loss's business. None: all 1.
     """
     own = reverse_kl.detach()
     if clip is not None:
         own = own.clamp(-clip, clip)
     if discount > 0:
-        own = discounted_sums(own.where(loss_mask != 0, 0), sample_rows, discount)
+        own = own.where(loss_mask != 0, 0)
+        weighted = own if importance is None else own * importance
+        own = own + discounted_sums(weighted, sample_rows, discount) - weighted
     return -coef * own
 
 

@@ -25,13 +25,14 @@ NEVER = -1e5
 
 def bucketed_divergence(
     log_probs: Tensor,
+    log_rest: Tensor,
     teacher_log_probs: Tensor,
     teacher_tail_mass: Tensor,
     divergence: Divergence,
     *,
     jsd_beta: float = 0.5,
 ) -> Tensor:
-    """Return the divergence of each position in nats [P]; the gradient flows to `log_probs` alone.
+    """Return the divergence of each position in nats [P]; the gradient flows to the student alone.
 
     With student buckets p and teacher buckets q: reverse_kl is KL(p || q), forward_kl is KL(q || p), jsd is
     beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p (Agarwal et al., GKD,
@@ -39,21 +40,30 @@ def bucketed_divergence(
 
     Args:
         log_probs: [P, K], the student's, of the teacher's top-k tokens.
+        log_rest: [P], the student's log-probability of all other tokens together. It comes from the logits,
+            not from 1 less the others: a student that is sure and wrong has a tail far below rounding, and
+            must feel it.
         teacher_log_probs: [P, K].
-        teacher_tail_mass: [P], the teacher's probability of all other tokens. Both tails are told apart from
-            0 down to the resolution of the arithmetic.
+        teacher_tail_mass: [P], the teacher's probability of all other tokens, from 1 less the others: not
+            known below the resolution of the arithmetic, which stands for anything smaller.
         divergence: which one.
         jsd_beta: the teacher's share in the mixture, between 0 and 1.
 
     Raises:
         ValueError: the shapes do not fit, or beta leaves no mixture.
     """
-    if log_probs.shape != teacher_log_probs.shape or teacher_tail_mass.shape != log_probs.shape[:1]:
+    rows = log_probs.shape[:1]
+    if log_probs.shape != teacher_log_probs.shape or not log_rest.shape == teacher_tail_mass.shape == rows:
         raise ValueError(
-            f"student log-probs {tuple(log_probs.shape)}, teacher log-probs {tuple(teacher_log_probs.shape)} "
-            f"and tail mass {tuple(teacher_tail_mass.shape)} given; [P, K], [P, K] and [P] are needed."
+            f"student log-probs {tuple(log_probs.shape)} and {tuple(log_rest.shape)}, teacher log-probs "
+            f"{tuple(teacher_log_probs.shape)} and tail mass {tuple(teacher_tail_mass.shape)} given; [P, K], "
+            "[P], [P, K] and [P] are needed."
         )
-    student = _with_tail(log_probs, 1 - log_probs.exp().sum(dim=1))
+    resolution = _resolution(log_probs)
+    # where the teacher has no tail that is known of, the student's counts only above what would be seen of it
+    seen = log_rest.clamp(min=math.log(resolution))
+    log_rest = torch.where(teacher_tail_mass > resolution, log_rest, seen)
+    student = torch.cat([log_probs, log_rest[:, None]], dim=1)
     teacher = _with_tail(teacher_log_probs, teacher_tail_mass).detach()
     match divergence:
         case "reverse_kl":
@@ -76,7 +86,8 @@ def without_never_sampled(
     The student has no such token in its distribution; a teacher that gives one a little mass is asked what
     it prefers among the others. `never_sampled` bool [P, K] says which of the top-k they are.
     """
-    left = (1 - log_probs.exp().where(never_sampled, 0).sum(dim=1)).clamp(min=_resolution(log_probs))
+    left = log_probs.exp().where(~never_sampled, 0).sum(dim=1) + tail_mass
+    left = left.clamp(min=torch.finfo(left.dtype).tiny)
     return (log_probs - left.log()[:, None]).where(~never_sampled, NEVER), tail_mass / left
 
 
@@ -87,8 +98,8 @@ def bucketed_entropy(log_probs: Tensor, tail_mass: Tensor) -> Tensor:
 
 
 def _with_tail(log_probs: Tensor, tail_mass: Tensor) -> Tensor:
-    """Return the log-probs of all buckets [P, K + 1]. Of a difference of numbers near 1 no more is known than
-    that it is not above the arithmetic's resolution."""
+    """Return the log-probs of all buckets [P, K + 1]; a tail below the arithmetic's resolution is taken as
+    that."""
     tail = tail_mass.to(log_probs.dtype).clamp(min=_resolution(log_probs)).log()
     return torch.cat([log_probs, tail[:, None]], dim=1)
 

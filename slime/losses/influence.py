@@ -8,7 +8,8 @@ from torch import Tensor
 def logit_pull(gradient: Tensor, log_probs: Tensor) -> Tensor:
     """Return the 1-norm of the gradient on a position's logits: [P, K], [P, K] -> [P], detached.
 
-    `gradient` belongs to the log-probs [P, K] of K different tokens. With p = softmax(z) and G its sum, the
+    `gradient` belongs to the log-probs [P, K] of K different tokens, or of buckets of tokens, within which it
+    is shared out by probability. With p = softmax(z) and G its sum, the
     gradient on the logit of one of them is `gradient - p G` and on any other `-p G`, so that all the others
     together add `(1 - sum of p) |G|`. A sampled token (K = 1) comes to `2 |gradient| (1 - p)`.
     """

@@ -6,7 +6,7 @@ saved in between is the hidden states, the head and one number a position: no te
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,34 @@ _MASKED_LOGIT = -1e5
 """Far below any logit, so that its probability is exactly 0; finite, so that 0 times it is."""
 
 
+class ChunkedLogProbs(NamedTuple):
+    """What chunks of logits are reduced to."""
+
+    log_probs: Tensor
+    """[P, K], of the tokens asked for."""
+    entropy: Tensor
+    """[P], in nats."""
+    log_rest: Tensor
+    """[P], log-mass of all other tokens, very low where there are none; empty unless asked for."""
+
+
 def chunked_log_probs(
-    hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int = 1024, masked_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probs [P, K] of `ids` and the entropy [P] in nats, both differentiable (once).
+    hidden: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    chunk_size: int = 1024,
+    masked_ids: Tensor | None = None,
+    *,
+    with_rest: bool = False,
+) -> ChunkedLogProbs:
+    """Return the log-probs [P, K] of `ids` and the entropy [P], and with `with_rest` what is left [P].
+
+    All are differentiable (once).
 
     Args:
         hidden: [P, H], last hidden states at the positions that predict; P may be 0.
         head: [V, H], weight of the LM head.
-        ids: int64 [P, K], the tokens asked for at each position.
+        ids: int64 [P, K], the tokens asked for at each position; with `with_rest` no id twice in a row.
         chunk_size: positions whose logits exist at the same time.
         masked_ids: int64 [M], tokens that are never sampled; the distribution is that over all others. Asked
             for itself, such a token has a very low log-prob, finite, without a gradient.
@@ -46,8 +65,7 @@ def chunked_log_probs(
         )
     if chunk_size < 1:
         raise ValueError(f"--logprob-chunk-size {chunk_size} given; at least 1 position a chunk is needed.")
-    log_probs, entropy = _ChunkedLogProbs.apply(hidden, head, ids, chunk_size, masked_ids)
-    return log_probs, entropy
+    return ChunkedLogProbs(*_ChunkedLogProbs.apply(hidden, head, ids, chunk_size, masked_ids, with_rest))
 
 
 @torch.no_grad()
@@ -76,11 +94,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, chunk_size: int, masked_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        chunk_size: int,
+        masked_ids: Tensor | None,
+        with_rest: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the head chunk by chunk and keep log-probs, entropy and normaliser."""
         ctx.set_materialize_grads(False)
-        log_probs, entropies, normalizers = [], [], []
+        log_probs, entropies, normalizers, rests = [], [], [], []
         for rows, wanted in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True):
             logits = _logits(rows, head, masked_ids)
             normalizer = logits.logsumexp(dim=1)
@@ -88,19 +112,23 @@ class _ChunkedLogProbs(torch.autograd.Function):
             probs = logits.sub(normalizer[:, None]).exp_()
             entropies.append(normalizer - probs.mul_(logits).sum(dim=1))
             normalizers.append(normalizer)
+            if with_rest:
+                others = _logits(rows, head, masked_ids).scatter_(1, wanted, -torch.inf)
+                rests.append((others.logsumexp(dim=1) - normalizer).clamp_(min=_MASKED_LOGIT))
         entropy = torch.cat(entropies)
-        ctx.save_for_backward(hidden, head, ids, torch.cat(normalizers), entropy)
+        rest = torch.cat(rests) if rests else entropy.new_zeros(0)
+        ctx.save_for_backward(hidden, head, ids, torch.cat(normalizers), entropy, rest)
         ctx.masked_ids = masked_ids
         ctx.chunk_size = chunk_size
-        return torch.cat(log_probs), entropy
+        return torch.cat(log_probs), entropy, rest
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_rest: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Recompute each chunk's logits and push its gradient through the head."""
-        hidden, head, ids, normalizers, entropy = ctx.saved_tensors
+        hidden, head, ids, normalizers, entropy, rest = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = _wide(torch.zeros_like(head)) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], ctx.chunk_size):
@@ -112,6 +140,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 entropy[part],
                 None if grad_log_probs is None else grad_log_probs[part],
                 None if grad_entropy is None else grad_entropy[part],
+                None if grad_rest is None else (rest[part], grad_rest[part]),
             )
             if ctx.masked_ids is not None:
                 grad_logits.index_fill_(1, ctx.masked_ids, 0.0)
@@ -120,17 +149,23 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 grad_hidden[part] = grad_logits @ head
             if grad_head is not None:
                 grad_head += grad_logits.T @ rows
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
 
 
 def _logits_gradient(
-    log_probs: Tensor, ids: Tensor, entropy: Tensor, grad_chosen: Tensor | None, grad_entropy: Tensor | None
+    log_probs: Tensor,
+    ids: Tensor,
+    entropy: Tensor,
+    grad_chosen: Tensor | None,
+    grad_entropy: Tensor | None,
+    rest: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Return the gradient [C, V] with respect to one chunk's logits.
 
     `log_probs` [C, V] is the whole distribution, `grad_chosen` [C, K] belongs to the log-probs of `ids` and
-    `grad_entropy` [C] to the entropy. With p = softmax(z): d log p_k / dz = onehot_k - p and
-    dH / dz = -p (log p + H).
+    `grad_entropy` [C] to the entropy; `rest` are the log-mass [C] of the tokens other than `ids` and its
+    gradient [C]. With p = softmax(z): d log p_k / dz = onehot_k - p, dH / dz = -p (log p + H), and with r the
+    distribution among the others, d log rest / dz = r - p.
     """
     probs = log_probs.exp()
     factor = torch.zeros_like(entropy)[:, None]
@@ -138,7 +173,13 @@ def _logits_gradient(
         factor = factor - grad_chosen.sum(dim=1, keepdim=True)
     if grad_entropy is not None:
         factor = factor - grad_entropy[:, None] * (log_probs + entropy[:, None])
+    if rest is not None:
+        log_rest, grad_rest = rest
+        factor = factor - grad_rest[:, None]
     gradient = probs.mul_(factor)
+    if rest is not None:
+        among = log_probs.sub(log_rest[:, None]).scatter_(1, ids, -torch.inf).exp_()
+        gradient.addcmul_(among, grad_rest[:, None])
     if grad_chosen is not None:
         gradient.scatter_add_(1, ids, grad_chosen.to(gradient.dtype))
     return gradient

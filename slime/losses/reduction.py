@@ -24,8 +24,12 @@ class GlobalMean:
     """True: all tokens weigh alike; False: mean over samples of each sample's own token mean."""
 
     def weights(self, mask: Tensor, sample_rows: Tensor) -> Tensor:
-        """Return the weight of each token, [P], int64 [P] -> [P]."""
-        if self.num_tokens == 0:
+        """Return the weight of each token, [P], int64 [P] -> [P].
+
+        Raises:
+            ValueError: a token counts here and none did in the whole batch.
+        """
+        if self.num_tokens == 0 and not mask.any():
             return torch.zeros_like(mask)
         if self.over_tokens:
             return token_mean_weights(mask, self.num_tokens)

@@ -51,6 +51,8 @@ class Objective:
     tis_clip: tuple[float, float] | None = None
     """Bounds of the importance weights of sampled tokens; None: all weights are 1."""
     rollout_temperature: float = 1.0
+    teacher_wrote: bool = False
+    """Whether the tokens are the teacher's (`--sample-from teacher`)."""
     never_sampled: tuple[int, ...] = ()
     """Tokens outside the student's distribution."""
 
@@ -91,7 +93,9 @@ class Objective:
         terms = [task]
         if self.distillation is not None:
             distilled = self._distilled(outputs, old_log_probs, batch, importance, self.distillation)
-            distilled.metrics.update(ratio("adv/opd_share", distilled.pull, distilled.pull + task.pull))
+            if distilled.pull is not None and task.pull is not None:
+                both = distilled.pull + task.pull
+                distilled.metrics.update(ratio("adv/opd_share", distilled.pull, both))
             terms.append(distilled)
         if self.entropy_coef > 0:
             loss = -self.entropy_coef * weighted_sum(outputs.entropy, weights)
@@ -142,11 +146,15 @@ class Objective:
         else:
             clip = (self.eps_clip, self.eps_clip_high)
             term = sampled_term(
-                outputs.log_probs, old_log_probs, gap, batch, weights * importance, distillation, clip
+                outputs.log_probs, old_log_probs, gap, batch, weights, importance, distillation, clip
             )
         per_token = token_mean_weights(batch.loss_mask, self.mean.num_tokens)
-        term.metrics["opd_reverse_kl"] = weighted_sum(gap, per_token * importance)
-        term.metrics.update(sampled_anatomy(gap, batch))
+        term.metrics.update(ratio("opd_gate_share", mask.sum(), batch.loss_mask.sum()))
+        if self.teacher_wrote:  # the mean over the teacher's tokens is that of the other direction
+            term.metrics["opd_forward_kl"] = weighted_sum(-gap, per_token)
+        else:
+            term.metrics["opd_reverse_kl"] = weighted_sum(gap, per_token * importance)
+            term.metrics.update(sampled_anatomy(gap, batch))
         if top is not None:
             term.metrics.update(top_k_anatomy(outputs, top, batch))
         return term

@@ -20,6 +20,7 @@ from slime.losses.divergence import Divergence, bucketed_divergence, without_nev
 from slime.losses.influence import logit_pull
 from slime.losses.policy import PolicyLoss, clipped_policy_loss
 from slime.losses.reduction import GlobalMean, weighted_sum
+from slime.objective.ratios import mean_over
 
 
 class Term(NamedTuple):
@@ -28,8 +29,8 @@ class Term(NamedTuple):
     loss: Tensor
     """Scalar, a share of a mean over the global batch."""
     metrics: dict[str, Tensor]
-    pull: Tensor = torch.zeros(())
-    """Scalar, detached: the 1-norm of a stream's gradient on the logits, summed over positions."""
+    pull: Tensor | None = None
+    """Scalar, detached: the 1-norm of the gradient on the logits, summed over positions; None: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,12 @@ class Distillation:
 
 
 class TopK(NamedTuple):
-    """Both models' log-probs of the teacher's likeliest tokens."""
+    """Both models' log-probs of the teacher's likeliest tokens, and of all others together."""
 
     log_probs: Tensor
     """[P, K], the student's; differentiable."""
+    log_rest: Tensor
+    """[P], the student's log-mass of all other tokens; differentiable."""
     teacher_log_probs: Tensor
     """[P, K], given that no token is drawn that is never sampled."""
     teacher_tail_mass: Tensor
@@ -63,7 +66,7 @@ def top_k_of(outputs: LossInputs, batch: MicroBatch, never_sampled: Sequence[int
     if ids is None or teacher is None or tail is None:
         return None
     never = torch.isin(ids, torch.tensor(never_sampled, dtype=ids.dtype, device=ids.device))
-    return TopK(outputs.gather(ids), *without_never_sampled(teacher, tail, never))
+    return TopK(*outputs.gather_with_rest(ids), *without_never_sampled(teacher, tail, never))
 
 
 def task_term(
@@ -80,10 +83,11 @@ def sampled_term(
     reverse_kl: Tensor,
     batch: MicroBatch,
     weights: Tensor,
+    importance: Tensor,
     distillation: Distillation,
     clip: tuple[float, float],
 ) -> Term:
-    """Return the teacher's stream as advantages of the sampled tokens."""
+    """Return the teacher's stream as advantages of the sampled tokens, each with its importance weight."""
     advantages = distillation_advantages(
         reverse_kl,
         distillation.coef,
@@ -91,9 +95,10 @@ def sampled_term(
         sample_rows=batch.sample_rows,
         clip=distillation.kl_clip,
         discount=distillation.kl_discount,
+        importance=importance,
     )
     policy = clipped_policy_loss(log_probs, old_log_probs, advantages, *clip)
-    return _policy_term(policy, log_probs, weights, "opd_kl_loss", "opd_clipfrac")
+    return _policy_term(policy, log_probs, weights * importance, "opd_kl_loss", "opd_clipfrac")
 
 
 def divergence_term(top: TopK | None, weights: Tensor, distillation: Distillation) -> Term:
@@ -105,14 +110,17 @@ def divergence_term(top: TopK | None, weights: Tensor, distillation: Distillatio
         raise ValueError("--opd-loss topk needs the teacher's top-k, and the micro-batch carries none.")
     values = bucketed_divergence(
         top.log_probs,
+        top.log_rest,
         top.teacher_log_probs,
         top.teacher_tail_mass,
         distillation.divergence,
         jsd_beta=distillation.jsd_beta,
     )
     loss = distillation.coef * weighted_sum(values, weights)
-    (gradient,) = torch.autograd.grad(loss, top.log_probs, retain_graph=True)
-    return Term(loss, {"opd_kl_loss": loss.detach()}, logit_pull(gradient, top.log_probs).sum())
+    buckets = torch.cat([top.log_probs, top.log_rest[:, None]], dim=1)
+    on_tokens, on_rest = torch.autograd.grad(loss, (top.log_probs, top.log_rest), retain_graph=True)
+    pull = logit_pull(torch.cat([on_tokens, on_rest[:, None]], dim=1), buckets).sum()
+    return Term(loss, {"opd_kl_loss": loss.detach()}, pull)
 
 
 def imitation_term(log_probs: Tensor, weights: Tensor) -> Term:
@@ -126,5 +134,5 @@ def _policy_term(
 ) -> Term:
     loss = weighted_sum(policy.loss, weights)
     (gradient,) = torch.autograd.grad(loss, log_probs, retain_graph=True)
-    metrics = {loss_name: loss.detach(), clipped_name: weighted_sum(policy.clipped, weights)}
+    metrics = {loss_name: loss.detach()} | mean_over(clipped_name, policy.clipped, (weights != 0).float())
     return Term(loss, metrics, logit_pull(gradient[:, None], log_probs[:, None]).sum())

@@ -147,8 +147,7 @@ def post_process_rewards(
 ) -> tuple[list[float], list[float]]:
     """Attach the teacher's scores to each sample; return (raw rewards, rewards), all zero.
 
-    Pure distillation has no reward: the signal is the reverse KL that the trainer subtracts from the
-    advantages.
+    Pure distillation has no reward: the teacher's scores are a stream of their own in the trainer.
     """
     for sample in samples:
         attach_scores(args, sample)

@@ -72,7 +72,13 @@ class Rewards:
 
     async def _grade(self, sample: Sample) -> None:
         if sample.label is not None or self._args.rm_type is not None:
-            sample.metadata["task_reward"] = float(await self._rule(self._args, sample))
+            grade = float(await self._rule(self._args, sample))
+            if not math.isfinite(grade):
+                raise ValueError(
+                    f"the rule {self._args.rm_type or self._args.eval_rm_type} gave sample {sample.index} "
+                    f"the grade {grade}; a finite number is needed."
+                )
+            sample.metadata["task_reward"] = grade
 
     async def _ask_plugin(self, sample: Sample, failures: Failures) -> None:
         if self._reward is None:

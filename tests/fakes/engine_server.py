@@ -28,6 +28,11 @@ MERGED_PATCH = 32
 EOS = 2
 
 
+def _others(token: int, count: int) -> list[int]:
+    """Return the first ids from 1 on that are not `token`."""
+    return [id_ for id_ in range(1, count + 2) if id_ != token][:count]
+
+
 def log_prob(token: int, position: int, pictures: int = 0) -> float:
     """Return the made-up model's log-prob of a token at an expanded position; it depends on being shown a
     picture."""
@@ -218,7 +223,7 @@ class FakeEngine:
     def _top(self, triples: list[list[Any]], top_k: int) -> dict[str, Any]:
         """Return rows of `top_k`, the sampled token's first, in the form that `top_form` says."""
         rows = [
-            [[lp - place, token if place == 0 else place, None] for place in range(top_k)]
+            [[lp - place, id_, None] for place, id_ in enumerate([token, *_others(token, top_k - 1)])]
             for lp, token, _ in triples[1:]
         ]
         if self._faulty("shifted_top"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +36,14 @@ def top_k(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def divergence(student: Tensor, teacher: Tensor, count: int, kind: Divergence) -> Tensor:
     ids, values, tail = top_k(teacher, count)
-    return bucketed_divergence(student.log_softmax(-1).gather(1, ids), values, tail, kind, jsd_beta=BETA)
+    return bucketed_divergence(*student_of(student, ids), values, tail, kind, jsd_beta=BETA)
+
+
+def student_of(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the student's log-probs of `ids` [P, K] and of all other tokens together [P]."""
+    log_probs = logits.log_softmax(-1)
+    rest = log_probs.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return log_probs.gather(1, ids), rest.where(rest.isfinite(), torch.tensor(-1e5, dtype=rest.dtype))
 
 
 def plain(p: Tensor, q: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
@@ -84,11 +93,11 @@ def test_with_the_whole_vocabulary_it_is_the_exact_divergence(kind: Divergence) 
 def test_the_ends_of_the_jsd_are_the_two_kls() -> None:
     student, teacher = models()
     ids, values, tail = top_k(teacher, 4)
-    ours = student.detach().log_softmax(-1).gather(1, ids)
+    ours = student_of(student.detach(), ids)
     ends: tuple[tuple[float, Divergence], ...] = ((1e-6, "forward_kl"), (1 - 1e-6, "reverse_kl"))
     for beta, kind in ends:
-        jsd = bucketed_divergence(ours, values, tail, "jsd", jsd_beta=beta) / 1e-6
-        torch.testing.assert_close(jsd, bucketed_divergence(ours, values, tail, kind), rtol=1e-4, atol=1e-4)
+        jsd = bucketed_divergence(*ours, values, tail, "jsd", jsd_beta=beta) / 1e-6
+        torch.testing.assert_close(jsd, bucketed_divergence(*ours, values, tail, kind), rtol=1e-4, atol=1e-4)
 
 
 @given(seed=st.integers(0, 10_000), vocabulary=st.integers(2, 40), scale=st.floats(0.01, 2))
@@ -128,9 +137,29 @@ def test_without_a_tail_bucket_the_sum_may_be_negative() -> None:
     """What others cut off at 0 (verl#7855): the student has less mass on the teacher's top-k."""
     student, teacher = torch.tensor([[0.0, 0.0, 5.0]]).log_softmax(-1), torch.tensor([[3.0, 3.0, 0.0]])
     ids, values, tail = top_k(teacher.log_softmax(-1), 2)
-    ours = student.gather(1, ids)
+    ours, rest = student_of(student, ids)
     assert (ours.exp() * (ours - values)).sum() < 0
-    assert bucketed_divergence(ours, values, tail, "reverse_kl").item() > 1
+    assert bucketed_divergence(ours, rest, values, tail, "reverse_kl").item() > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_that_is_sure_and_wrong_feels_its_tail(kind: Divergence) -> None:
+    """Its mass outside the teacher's top-k is far below what single precision can tell from 0."""
+    student = torch.tensor([[20.0, 0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    ids, values, tail = top_k(teacher, 1)
+    assert 1 - student.softmax(-1)[0, 0] == 0
+    made = bucketed_divergence(*student_of(student, ids), values, tail, kind)
+    exact, _ = plain(
+        torch.tensor([[1 - 2 * math.exp(-20), 2 * math.exp(-20)]], dtype=torch.float64),
+        torch.tensor([[0.5, 0.5]], dtype=torch.float64),
+        kind,
+    )
+    if kind != "jsd":
+        torch.testing.assert_close(made.double(), exact, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(made.sum(), student)
+    if kind == "forward_kl":
+        torch.testing.assert_close(gradient[0], torch.tensor([0.5, -0.25, -0.25]))
 
 
 def test_equal_models_have_no_divergence_and_no_gradient() -> None:
@@ -149,22 +178,30 @@ def test_a_teacher_is_asked_what_it_prefers_among_what_may_be_sampled() -> None:
     allowed = torch.arange(VOCABULARY) != masked
     conditional = (teacher[:, allowed]).log_softmax(-1)
     logits = student.detach().masked_fill(~allowed, -1e5)
-    ours = logits.log_softmax(-1).gather(1, ids)
+    ours = student_of(logits, ids)
     for kind in KINDS:
         expected, _ = plain(student.detach()[:, allowed].softmax(-1), conditional.exp(), kind)
-        made = bucketed_divergence(ours, given_allowed, tail, kind, jsd_beta=BETA)
+        made = bucketed_divergence(*ours, given_allowed, tail, kind, jsd_beta=BETA)
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-8)
-    assert without_never_sampled(values, tail, torch.zeros_like(ids, dtype=torch.bool))[0].equal(values)
+    everything = without_never_sampled(values, tail, torch.zeros_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(everything[0], values)
 
 
 def test_a_teacher_that_wants_only_what_is_never_sampled_gives_finite_numbers() -> None:
     values, ids = torch.tensor([[0.0, -1e5]]), torch.tensor([[7, 1]])
     allowed, tail = without_never_sampled(values, torch.zeros(1), ids == 7)
     ours = torch.tensor([[-1e5, -0.5]], requires_grad=True)
+    rest = torch.log1p(-ours.detach().exp().sum(1))
     for kind in KINDS:
-        made = bucketed_divergence(ours, allowed, tail, kind)
+        made = bucketed_divergence(ours, rest, allowed, tail, kind)
         assert made.isfinite().all()
         assert torch.autograd.grad(made.sum(), ours)[0].isfinite().all()
+
+
+def test_what_is_left_of_a_teacher_is_a_distribution_however_little_it_is() -> None:
+    values, ids = torch.tensor([[1 - 1e-9, 6e-10]]).log(), torch.tensor([[7, 1]])
+    allowed, tail = without_never_sampled(values, torch.tensor([4e-10]), ids == 7)
+    torch.testing.assert_close(allowed.exp()[0, 1] + tail[0], torch.tensor(1.0))
 
 
 def test_the_entropy_of_buckets_is_at_most_that_of_all_tokens() -> None:
@@ -180,9 +217,12 @@ def test_the_entropy_of_buckets_is_at_most_that_of_all_tokens() -> None:
 
 
 def test_shapes_and_names_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"student log-probs \(2, 3\), teacher log-probs \(2, 4\)"):
-        bucketed_divergence(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2), "jsd")
+    parts = (torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"student log-probs \(2, 3\) and \(2,\), teacher log-probs \(2, 4\)"
+    ):
+        bucketed_divergence(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 4), torch.zeros(2), "jsd")
     with pytest.raises(ValueError, match="--opd-jsd-beta 1"):
-        bucketed_divergence(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), "jsd", jsd_beta=1.0)
+        bucketed_divergence(*parts, "jsd", jsd_beta=1.0)
     with pytest.raises(ValueError, match="--opd-divergence hellinger"):
-        bucketed_divergence(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), "hellinger")  # type: ignore[arg-type]
+        bucketed_divergence(*parts, "hellinger")  # type: ignore[arg-type]

@@ -58,6 +58,9 @@ class Outputs:
     def gather(self, ids: Tensor) -> Tensor:
         return self.logits.log_softmax(-1)[ROWS.flatten()].gather(1, ids)
 
+    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
     def top_ids(self, count: int) -> Tensor:
         return self.logits.detach().topk(count).indices[ROWS.flatten()]
 
@@ -139,6 +142,30 @@ def test_the_corrected_gradient_is_that_of_the_reverse_kl_at_temperature_1(tempe
     uncorrected, plain = world.learned()
     assert (uncorrected - exact).abs().max() > 1e-2
     assert abs(plain["opd_reverse_kl"].item() - world.exact().item()) > 1e-2
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_what_follows_is_weighed_by_its_own_ratios(temperature: float) -> None:
+    """A token's future is what it leads to under the student at temperature 1, one step ahead at a time."""
+    world = World(temperature)
+    discount = 0.7
+    mean = GlobalMean(num_tokens=1, num_samples=1, over_tokens=True)
+    signal = Distillation(coef=COEF, mean=mean, kl_discount=discount)
+    gradient, _ = world.learned(tis_clip=(0.0, WIDE), distillation=signal)
+    log_probs = Outputs.log_probs_of(world.student).view(-1, LENGTH)
+    gap = (log_probs - Outputs.log_probs_of(world.teacher).view(-1, LENGTH)).detach()
+    ratio = (log_probs.detach() - world.sampler.log()[ROWS, RESPONSES]).exp()
+    later = torch.zeros_like(gap)
+    for position in range(LENGTH - 2, -1, -1):
+        ahead = ratio[:, position + 1] * gap[:, position + 1]
+        later[:, position] = discount * (ahead + later[:, position + 1])
+    drawn = world.drawn.view(-1, LENGTH)
+    loss = COEF * (drawn * ratio * (gap + later) * log_probs).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, world.student)[0], rtol=0, atol=1e-10)
+    last = (drawn[:, 0] * later[:, 1]).sum() / discount  # what follows the second token, on average
+    rows, p = ROWS[:, 2], world.target
+    exact = (p * (p.log() - world.teacher.log_softmax(-1))).sum(-1)[rows]
+    assert last.item() == pytest.approx((drawn[:, 0] * exact).sum().item(), abs=1e-10)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

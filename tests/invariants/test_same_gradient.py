@@ -46,7 +46,7 @@ SIGNALS = {
     ),
     "top-k, right answers": (
         *(*DISTILL, "--opd-loss", "topk", "--opd-top-k", "5", "--opd-divergence", "jsd"),
-        *("--opd-gate", "right"),
+        *("--rm-type", "math", "--opd-gate", "right"),
     ),
     "imitation": TEACHER_TEXT,
 }

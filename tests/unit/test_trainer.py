@@ -122,7 +122,7 @@ def test_the_task_stream_keeps_its_weight_through_normalisation(flags: tuple[str
 @pytest.mark.parametrize(("gate", "kept"), [("wrong", False), ("right", True)])
 def test_a_gate_chooses_what_is_distilled_by_the_tasks_grade(gate: str, kept: bool) -> None:
     samples, pictures = make_samples(8)
-    (shard,) = shards(samples, pictures, *ONE_BATCH, "--opd-gate", gate)
+    (shard,) = shards(samples, pictures, *ONE_BATCH, "--rm-type", "math", "--opd-gate", gate)
     for sample in shard.samples:
         solved = samples[sample.index].metadata["task_reward"] == 1
         assert sample.distill_mask is not None
@@ -139,7 +139,7 @@ def test_a_gate_needs_grades() -> None:
     samples, pictures = make_samples(8)
     del samples[5].metadata["task_reward"]
     with pytest.raises(ValueError, match=r"sample 5 has no metadata\['task_reward'\].*--label-key"):
-        shards(samples, pictures, *ONE_BATCH, "--opd-gate", "wrong")
+        shards(samples, pictures, *ONE_BATCH, "--rm-type", "math", "--opd-gate", "wrong")
 
 
 def test_the_teachers_top_k_goes_along_where_it_is_asked_for() -> None:
@@ -149,10 +149,48 @@ def test_the_teachers_top_k_goes_along_where_it_is_asked_for() -> None:
     (without,) = build_shards(args(*ONE_BATCH, samples=4), samples, pictures, 1, 0)
     assert without.carried == {"rollout_log_probs", "teacher_log_probs"}
     samples[1].teacher_top_ids = None
-    (for_metrics,) = build_shards(args(*ONE_BATCH, "--opd-top-k", "3", samples=4), samples, pictures, 1, 0)
-    assert for_metrics.carried == without.carried, "metrics alone do not end a run"
-    with pytest.raises(ValueError, match="sample 1 has no top-k of the teacher, and --opd-loss topk"):
-        build_shards(args(*ONE_BATCH, "--opd-loss", "topk", samples=4), samples, pictures, 1, 0)
+    for flags in (("--opd-top-k", "3"), ("--opd-top-k", "3", "--opd-loss", "topk")):
+        with pytest.raises(ValueError, match="sample 1 has no top-k of the teacher, and --opd-top-k"):
+            build_shards(args(*ONE_BATCH, *flags, samples=4), samples, pictures, 1, 0)
+
+
+def test_a_wider_top_k_is_cut_and_a_narrower_one_refused() -> None:
+    samples, pictures = make_samples(4, top_k=5)
+    two = ("--opd-top-k", "2")
+    (shard,) = build_shards(args(*ONE_BATCH, *two, samples=4), samples, pictures, 1, 0)
+    for sample in shard.samples:
+        assert sample.teacher_top_log_probs is not None
+        assert sample.teacher_tail_mass is not None
+        assert sample.teacher_top_log_probs.shape == (sample.response_length, 2)
+        whole = sample.teacher_top_log_probs.exp().sum(1) + sample.teacher_tail_mass
+        torch.testing.assert_close(whole[sample.loss_mask > 0], torch.ones(int(sample.loss_mask.sum())))
+    with pytest.raises(ValueError, match="has the teacher's top-5, and --opd-top-k is 6"):
+        build_shards(args(*ONE_BATCH, "--opd-top-k", "6", samples=4), samples, pictures, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("teacher_top_log_probs", float("nan")), ("teacher_top_ids", -1), ("teacher_tail_mass", -5.0)],
+)
+def test_a_top_k_must_be_a_distribution_where_it_is_trained_on(name: str, value: float) -> None:
+    samples, pictures = make_samples(4, top_k=3)
+    flags = (*ONE_BATCH, "--opd-top-k", "3")
+    assert samples[0].loss_mask is not None
+    assert samples[0].loss_mask[-1] == 0
+    if name != "teacher_top_ids":
+        getattr(samples[0], name)[-1] = value
+        build_shards(args(*flags, samples=4), samples, pictures, 1, 0)
+    getattr(samples[0], name)[0] = value
+    with pytest.raises(ValueError, match="sample 0 has a top-k of the teacher that is no distribution"):
+        build_shards(args(*flags, samples=4), samples, pictures, 1, 0)
+
+
+def test_rewards_without_anything_to_compare_them_with_are_refused() -> None:
+    samples, pictures = make_samples(4, group_size=1)
+    samples[2].metadata["train_reward"] = 1.0
+    flags = ("--n-samples-per-prompt", "1", "--rollout-batch-size", "4")
+    with pytest.raises(ValueError, match="--n-samples-per-prompt is 1: every task advantage would be zero"):
+        build_shards(args(*ONE_BATCH, *flags, samples=4), samples, pictures, 1, 0)
 
 
 def test_what_the_teacher_wrote_it_has_scored() -> None:

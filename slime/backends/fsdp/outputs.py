@@ -37,6 +37,13 @@ class ResponseOutputs:
         """Return the log-probs [P, K] of `ids` [P, K]."""
         return chunked_log_probs(self._hidden, self._head, ids, self._chunk_size, self._masked_ids)[0]
 
+    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probs [P, K] of `ids` [P, K], and the log of the mass of all other tokens [P]."""
+        made = chunked_log_probs(
+            self._hidden, self._head, ids, self._chunk_size, self._masked_ids, with_rest=True
+        )
+        return made.log_probs, made.log_rest
+
     @torch.no_grad()
     def log_probs_at(self, temperature: float) -> Tensor:
         """Return the log-probs [P] of the sampled tokens at another temperature, without gradient."""
@@ -52,8 +59,8 @@ class ResponseOutputs:
     def _pass(self) -> tuple[Tensor, Tensor]:
         """Run the LM head once for both log-probs and entropy."""
         if self._sampled is None:
-            log_probs, entropy = chunked_log_probs(
+            made = chunked_log_probs(
                 self._hidden, self._head, self._ids[:, None], self._chunk_size, self._masked_ids
             )
-            self._sampled = log_probs[:, 0], entropy
+            self._sampled = made.log_probs[:, 0], made.entropy
         return self._sampled

@@ -41,6 +41,19 @@ class Head:
     data_position: dict[str, Any]
     """What `RolloutManager.state_dict` gave after the rollout."""
 
+    def argument(self, name: str) -> Any:
+        """Return an argument of the recorded run.
+
+        Raises:
+            RecordingError: the run had none of this name.
+        """
+        if name not in self.arguments:
+            raise RecordingError(
+                f"the recording of rollout {self.rollout_id} says nothing of the argument {name}; it was "
+                "written by another version of slime. Replay it by that one, or record anew."
+            )
+        return self.arguments[name]
+
     def to_metadata(self) -> dict[str, str]:
         """Return the schema metadata."""
         entries = {"format": FORMAT, **{field: getattr(self, field) for field in _fields()}}

@@ -57,7 +57,7 @@ def check_head(args: Args, path: Path, head: Head, rollout_id: int) -> None:
             f"{path} stands for rollout {rollout_id} and was recorded as rollout {head.rollout_id}. Rename "
             "it, or give the file itself to --load-debug-rollout-data: it then is every rollout."
         )
-    recorded = [head.arguments[name] for name in ("rollout_batch_size", "n_samples_per_prompt")]
+    recorded = [head.argument(name) for name in ("rollout_batch_size", "n_samples_per_prompt")]
     if recorded != [args.rollout_batch_size, args.n_samples_per_prompt]:
         raise RecordingError(
             f"{path} was recorded with --rollout-batch-size {recorded[0]} --n-samples-per-prompt "
@@ -65,13 +65,35 @@ def check_head(args: Args, path: Path, head: Head, rollout_id: int) -> None:
             f"--n-samples-per-prompt {args.n_samples_per_prompt}. Optimizer steps and schedules are counted "
             "by them: give both as they were recorded."
         )
-    judge = head.arguments["custom_rm_path"]
-    if args.custom_rm_path not in (None, judge):
-        raise RecordingError(
-            f"{path} was judged with --custom-rm-path {judge}, and this run has {args.custom_rm_path}: a "
-            "replay calls no plugin, its rewards are the recorded ones. Drop --custom-rm-path, or record "
-            "anew."
-        )
+    _check_sampling(args, path, head)
+    _check_judges(args, path, head)
+
+
+def _check_sampling(args: Args, path: Path, head: Head) -> None:
+    """Check that the tokens were drawn as this run's corrections take them to be."""
+    for flag, name in (("--rollout-temperature", "rollout_temperature"), ("--sample-from", "sample_from")):
+        recorded, ours = head.argument(name), getattr(args, name)
+        if recorded != ours:
+            raise RecordingError(
+                f"{path} was sampled with {flag} {recorded}, and this run has {ours}: its loss would take "
+                f"the tokens for others than they are. Give {flag} {recorded}, or record anew."
+            )
+
+
+def _check_judges(args: Args, path: Path, head: Head) -> None:
+    """Check that this run names no other judge than the recorded one: a replay asks none."""
+    for flag, name in (
+        ("--rm-type", "rm_type"),
+        ("--custom-rm-path", "custom_rm_path"),
+        ("--custom-reward-post-process-path", "custom_reward_post_process_path"),
+    ):
+        recorded, ours = head.argument(name), getattr(args, name)
+        graded = name == "rm_type" and recorded is None and ours == head.argument("eval_rm_type")
+        if ours not in (None, recorded) and not graded:
+            raise RecordingError(
+                f"{path} was judged with {flag} {recorded}, and this run has {ours}: a replay calls no "
+                f"rule and no plugin, its rewards are the recorded ones. Drop {flag}, or record anew."
+            )
 
 
 def _missing(args: Args, place: str, rollout_id: int) -> str:

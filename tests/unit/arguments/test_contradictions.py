@@ -144,6 +144,27 @@ CONTRADICTIONS = {
         (*DISTIL, "--opd-kl-coef-end", "0.1"),
         ("--opd-kl-coef-end", "--opd-kl-coef-schedule"),
     ),
+    "a gate without grades": ((*DISTIL, "--opd-gate", "wrong"), ("--opd-gate", "--rm-type")),
+    "a clip without distillation": (
+        ("--rm-type", "math", "--opd-kl-clip", "1"),
+        ("--opd-kl-clip", "--use-opd"),
+    ),
+    "a schedule without distillation": (
+        ("--rm-type", "math", "--opd-kl-coef-schedule", "linear"),
+        ("--opd-kl-coef-schedule", "--use-opd"),
+    ),
+    "rewards for imitation": (
+        (*URL, "--loss-type", "sft_loss", "--sample-from", "teacher", "--custom-rm-path", "a.b"),
+        ("--custom-rm-path", "--loss-type sft_loss"),
+    ),
+    "a reference for the teacher's text": (
+        (*DISTIL, "--opd-loss", "topk", "--sample-from", "teacher", "--kl-loss-coef", "0.1"),
+        ("--kl-loss-coef", "--sample-from"),
+    ),
+    "a deterministic teacher": (
+        (*DISTIL, "--opd-loss", "topk", "--sample-from", "teacher", "--deterministic-rollout"),
+        ("--deterministic-rollout", "teacher"),
+    ),
     "a gate without distillation": (
         ("--rm-type", "math", "--opd-gate", "wrong"),
         ("--opd-gate", "--use-opd"),

@@ -28,7 +28,10 @@ def test_values_and_gradients_are_those_of_the_full_softmax(chunk_size: int) -> 
     hidden, head, ids = inputs()
     weights, entropy_weights = torch.randn(P, K, dtype=torch.float64), torch.randn(P, dtype=torch.float64)
     results = []
-    for log_probs, entropy in (chunked_log_probs(hidden, head, ids, chunk_size), plain(hidden, head, ids)):
+    for log_probs, entropy in (
+        chunked_log_probs(hidden, head, ids, chunk_size)[:2],
+        plain(hidden, head, ids),
+    ):
         loss = (log_probs * weights).sum() + (entropy * entropy_weights).sum()
         results.append((log_probs, entropy, *torch.autograd.grad(loss, (hidden, head))))
     for ours, expected in zip(*results, strict=True):
@@ -55,7 +58,7 @@ def test_no_positions_give_zero_gradients_not_none() -> None:
     """A dummy micro-batch must take part in the reduction of the head's gradient over ranks."""
     head = torch.randn(V, H, requires_grad=True)
     hidden = torch.zeros(0, H, requires_grad=True)
-    log_probs, entropy = chunked_log_probs(hidden, head, torch.zeros(0, 1, dtype=torch.int64))
+    log_probs, entropy, _ = chunked_log_probs(hidden, head, torch.zeros(0, 1, dtype=torch.int64))
     assert log_probs.shape == (0, 1)
     assert entropy.shape == (0,)
     log_probs.sum().backward()
@@ -74,7 +77,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def test_half_precision_is_normalised_in_float32() -> None:
     hidden, head, ids = inputs(torch.bfloat16)
-    log_probs, entropy = chunked_log_probs(hidden, head, ids, 4)
+    log_probs, entropy, _ = chunked_log_probs(hidden, head, ids, 4)
     assert log_probs.dtype == entropy.dtype == torch.float32
     logits = (hidden @ head.T).float()
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, ids), rtol=0, atol=1e-5)
@@ -86,7 +89,7 @@ def test_half_precision_is_normalised_in_float32() -> None:
 def test_large_logits_stay_finite() -> None:
     hidden = torch.full((2, 1), 1e4, requires_grad=True)
     head = torch.linspace(-1, 1, V)[:, None].requires_grad_()
-    log_probs, entropy = chunked_log_probs(hidden, head, torch.tensor([[V - 1], [0]]), 8)
+    log_probs, entropy, _ = chunked_log_probs(hidden, head, torch.tensor([[V - 1], [0]]), 8)
     assert log_probs[:, 0].tolist() == [0.0, -2e4]
     assert entropy.abs().max() < 1e-2
     (log_probs.sum() + entropy.sum()).backward()
@@ -118,7 +121,7 @@ def test_masked_tokens_are_out_of_the_distribution_and_of_every_gradient() -> No
     inner = torch.searchsorted(keep, ids)  # the same tokens, counted among those that are left
     ours = chunked_log_probs(hidden, head, ids, 5, masked)
     expected = plain(hidden, head[keep], inner)
-    for output, wanted in zip(ours, expected, strict=True):
+    for output, wanted in zip(ours[:2], expected, strict=True):
         torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
     gradients = torch.autograd.grad(ours[0].sum() + ours[1].sum(), (hidden, head))
     wanted = torch.autograd.grad(expected[0].sum() + expected[1].sum(), (hidden, head))
@@ -128,8 +131,34 @@ def test_masked_tokens_are_out_of_the_distribution_and_of_every_gradient() -> No
 
 def test_a_masked_token_has_a_finite_log_prob_without_gradient() -> None:
     hidden, head, _ = inputs()
-    log_probs, _ = chunked_log_probs(hidden, head, torch.full((P, 1), 3), 5, torch.tensor([3]))
+    log_probs, *_ = chunked_log_probs(hidden, head, torch.full((P, 1), 3), 5, torch.tensor([3]))
     assert log_probs.isfinite().all()
     assert (log_probs < -9e4).all()
     gradient = torch.autograd.grad(log_probs.sum(), head)[0]
     assert gradient[3].abs().sum() == 0
+
+
+def test_what_is_left_beside_the_chosen_tokens_and_its_gradient() -> None:
+    hidden, head, _ = inputs()
+    masked = torch.tensor([3, V - 1])
+    ids = torch.tensor([[0, 5], [7, 1], [2, 0]])[torch.arange(P) % 3]
+    ours = chunked_log_probs(hidden, head, ids, 5, masked, with_rest=True)
+    logits = (hidden @ head.T).index_fill(1, masked, -1e5)
+    rest = logits.scatter(1, ids, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    torch.testing.assert_close(ours.log_rest, rest)
+    weights = torch.linspace(-1, 2, P, dtype=rest.dtype)
+    mixed = (ours.log_rest * weights).sum() + (ours.log_probs**2).sum() + ours.entropy.sum()
+    plain_log_probs = logits.log_softmax(-1)
+    entropy = -(plain_log_probs.exp() * plain_log_probs).sum(1)
+    wanted = (rest * weights).sum() + (plain_log_probs.gather(1, ids) ** 2).sum() + entropy.sum()
+    expected = torch.autograd.grad(wanted, (hidden, head))
+    for gradient, other in zip(torch.autograd.grad(mixed, (hidden, head)), expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_nothing_is_left_beside_the_whole_vocabulary() -> None:
+    hidden, head, _ = inputs()
+    made = chunked_log_probs(hidden, head, torch.arange(V).expand(P, V), 5, with_rest=True)
+    assert (made.log_rest < -1e4).all()
+    gradient, _ = torch.autograd.grad((made.log_rest.exp() * 3).sum(), (hidden, head))
+    assert gradient.abs().max() == 0

@@ -26,6 +26,9 @@ class Outputs:
     def gather(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
     def top_ids(self, count: int) -> Tensor:
         raise NotImplementedError
 
@@ -102,8 +105,9 @@ def test_later_steps_use_the_old_log_probs() -> None:
     )
     loss, metrics = objective()(outputs(), given)
     assert metrics["opd_reverse_kl"].item() == pytest.approx(-1 / 4)
-    assert metrics["opd_clipfrac"].item() == pytest.approx(1 / 4)
-    assert metrics["pg_clipfrac"].item() == 0
+    shares = finished({name: value.item() for name, value in metrics.items()})
+    assert shares["opd_clipfrac"] == pytest.approx(1 / 2), "of the tokens that are trained on"
+    assert shares["pg_clipfrac"] == 0
     assert loss.item() == pytest.approx(-1.2 * 0.5 / 4)
     assert metrics["opd_kl_loss"].item() == pytest.approx(loss.item())
     assert metrics["policy_kl"].item() == pytest.approx((-2.0 + 1.0) / 4)
@@ -204,8 +208,9 @@ class Model(Outputs):
 
     table: Tensor = field(default_factory=lambda: torch.zeros(3, 5, requires_grad=True))
 
-    def gather(self, ids: Tensor) -> Tensor:
-        return self.table.log_softmax(-1).gather(1, ids)
+    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = self.table.log_softmax(-1)
+        return log_probs.gather(1, ids), log_probs.scatter(1, ids, -torch.inf).logsumexp(1)
 
     def top_ids(self, count: int) -> Tensor:
         return torch.arange(count).expand(3, count)
@@ -298,6 +303,24 @@ def test_imitation_is_the_negative_log_likelihood_and_nothing_else() -> None:
     assert loss.item() == pytest.approx((1 + 3) / 4) == metrics["sft_loss"].item()
     assert metrics["sft_forward_kl"].item() == pytest.approx(((-2 + 1) + (-2.5 + 3)) / 4)
     assert not any(name in metrics for name in ("pg_loss", "opd_kl_loss", "policy_kl"))
+
+
+def test_how_much_the_gate_lets_in_is_told() -> None:
+    given = batch(distill_mask=torch.tensor([1.0, 0.0, 0.0]))
+    assert metrics_of(objective(), outputs(), given)["opd_gate_share"] == pytest.approx(1 / 2)
+
+
+def test_a_gate_without_its_denominator_is_an_error() -> None:
+    nothing = GlobalMean(num_tokens=0, num_samples=0, over_tokens=True)
+    with pytest.raises(ValueError, match="0 loss tokens"):
+        objective(distillation=Distillation(coef=1.0, mean=nothing))(outputs(), batch())
+
+
+def test_on_the_teachers_text_the_gap_is_that_of_the_other_direction() -> None:
+    terms = objective(teacher_wrote=True)
+    metrics = metrics_of(terms, outputs(), batch())
+    assert metrics["opd_forward_kl"] == pytest.approx(-0.5 / 4)
+    assert not any(name.startswith("signal/") or name == "opd_reverse_kl" for name in metrics)
 
 
 def test_the_anatomy_of_the_sampled_signal() -> None:

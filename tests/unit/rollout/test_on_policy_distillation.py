@@ -199,7 +199,7 @@ async def test_the_top_k_is_kept_compactly_with_its_tail(teacher: FakeEngine, fo
     assert log_probs is not None
     assert tail is not None
     assert (ids.dtype, log_probs.dtype, tail.dtype) == (torch.int32, torch.float32, torch.float32)
-    assert ids.tolist() == [[token, 1, 2] for token in (11, 12, 2)]
+    assert ids.tolist() == [[11, 1, 2], [12, 1, 2], [2, 1, 3]]
     torch.testing.assert_close(log_probs, expected((11, 12, 2))[:, None] - torch.arange(3.0))
     torch.testing.assert_close(tail, (1 - log_probs.exp().sum(1)).clamp(min=0))
 

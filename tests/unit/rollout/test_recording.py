@@ -31,7 +31,7 @@ HEAD = Head(
     rollout_id=7,
     student="student",
     model={"vocab_size": 131, "image_token_id": 5, "merge_size": 2},
-    arguments={"rollout_batch_size": 3, "n_samples_per_prompt": 2, "custom_rm_path": None},
+    arguments=rollout_args().as_dict(),
     metrics={"reward": 0.1, "odd": math.inf},
     data_position={"epoch": 0, "position": 24},
 )
@@ -304,6 +304,9 @@ def test_a_whole_recording_is_accepted(tmp_path: Path):
         ((0, 1), 0, ("--rollout-batch-size", "4"),
          "--rollout-batch-size 3 --n-samples-per-prompt 2, and this run has --rollout-batch-size 4 --n-s"),
         ((0, 1), 0, ("--custom-rm-path", "a.b"), "judged with --custom-rm-path None, and this run has a.b"),
+        ((0, 1), 0, ("--rm-type", "a.b"), "judged with --rm-type None, and this run has a.b"),
+        ((0, 1), 0, ("--rollout-temperature", "0.5"), "sampled with --rollout-temperature 1.0, and .* has 0.5"),
+        ((0, 1), 0, ("--opd-loss", "topk", "--sample-from", "teacher"), "sampled with --sample-from student"),
     ],
 )  # fmt: skip
 def test_a_recording_that_does_not_fit_is_found_at_the_start(
