@@ -19,7 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from slime.engines.process import ServerProcess, free_port, start_server
-from slime.tiny.geometry import write_splits
+from slime.tiny.geometry import GEOMETRY
 from slime.tiny.paths import checkpoint_path
 from tests.fakes.launcher import SCRIPT
 
@@ -33,7 +33,9 @@ def write_data(folder: Path, train_rows: int = 8, test_rows: int = 24) -> dict[s
     paths = {}
     for split, rows in (("train", train_rows), ("test", test_rows)):
         paths[split] = folder / f"{split}.parquet"
-        pq.write_table(pq.read_table(write_splits(folder / "whole")[split]).slice(0, rows), paths[split])
+        pq.write_table(
+            pq.read_table(GEOMETRY.write_splits(folder / "whole")[split]).slice(0, rows), paths[split]
+        )
     return paths
 
 

@@ -1,6 +1,7 @@
 """The engine's forwards against transformers' own, and weights that are read, refused and written."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,14 +153,14 @@ def test_weights_of_another_model_are_refused(tmp_path, fault):
     assert str(tmp_path) in str(caught.value)
 
 
-def save_text_model(folder: Path, *, experts: bool = False, tied: bool = False, **settings: object) -> Path:
+def save_text_model(folder: Path, *, experts: bool = False, tied: bool = False, **settings: Any) -> Path:
     """Write a random text-only Qwen3."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1,
         "eos_token_id": 7, "tie_word_embeddings": tied,
     } | settings  # fmt: skip
-    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    mixture: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     net = (
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **mixture))
         if experts
@@ -190,7 +191,7 @@ def test_a_text_model_is_served_and_updated(tmp_path: Path, experts: bool, tied:
 
 
 def test_a_text_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     folder = save_text_model(tmp_path / "model", **window)
     with pytest.raises(ValueError, match=r"sliding window.*SGLang server"):
         EngineModel(str(folder), torch.float32, torch.device("cpu"))
