@@ -15,11 +15,11 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/scripts/launch.sh"
 if [ "$SLIME_SCRIPT_NUM_GPUS" = 0 ]; then
   : "${SLIME_SCRIPT_STUDENT_MODEL:=$TINY_CHECKPOINTS/student}"
   : "${SLIME_SCRIPT_DATASET_NAME:=tiny}"         # generated on the spot
-  : "${SLIME_SCRIPT_NUM_ROLLOUT:=40}"
+  : "${SLIME_SCRIPT_NUM_ROLLOUT:=30}"
   : "${SLIME_SCRIPT_ROLLOUT_BATCH_SIZE:=16}"
   : "${SLIME_SCRIPT_MAX_RESPONSE_LEN:=96}"
-  : "${SLIME_SCRIPT_LR:=3e-4}"
-  : "${SLIME_SCRIPT_EVAL_INTERVAL:=10}"
+  : "${SLIME_SCRIPT_LR:=2e-4}"
+  : "${SLIME_SCRIPT_EVAL_INTERVAL:=5}"
 else
   : "${SLIME_SCRIPT_STUDENT_MODEL:=Qwen/Qwen3-VL-2B-Instruct}"
   : "${SLIME_SCRIPT_DATASET_NAME:=chenhegu/geo3k_imgurl}"

@@ -36,6 +36,6 @@ def close_run(args: Args, tracker: Tracker, state: RunState, wall_seconds: float
         write_summary(summary, output_dir).name,
         draw_curves(tracker.records, output_dir).name,
     ]
-    tracker.say(render_table(summary))
+    tracker.say(render_table(summary, with_teacher=args.use_opd or args.eval_teacher))
     tracker.say(f"{output_dir}: {', '.join(written)}")
     return summary

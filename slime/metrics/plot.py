@@ -1,4 +1,4 @@
-"""The run as a picture: accuracy against the teacher's, and the reverse KL that was closed."""
+"""The run as a picture: accuracy, and of a distillation the teacher's and the reverse KL that was closed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STUDENT, TEACHER, FAINT = "#1f5fa8", "#c8571b", "#9db8d6"
 
 
 def draw_curves(records: Sequence[dict[str, float]], output_dir: Path) -> Path:
-    """Draw evaluation accuracy and reverse KL over the rollouts into a PNG; return its path."""
+    """Draw accuracy and, of a distillation, reverse KL over the rollouts into a PNG; return its path."""
     # The canvas is named outright: pyplot would keep the figure and look for a display.
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, divergence = figure.subplots(1, 2)
-    _draw_accuracy(accuracy, records)
-    _draw_divergence(divergence, records)
-    for axes in (accuracy, divergence):
+    distilled = any("opd_reverse_kl" in record for record in records)
+    panels = (_draw_accuracy, _draw_divergence) if distilled else (_draw_accuracy,)
+    for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        draw(axes, records)
         axes.set_xlabel("rollouts")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)

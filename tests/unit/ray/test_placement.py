@@ -107,7 +107,10 @@ def test_named_gpus_are_used_in_their_order():
         ({"num_gpus": 8, "gpus_per_engine": 3}, "--rollout-num-gpus-per-engine"),
         ({"num_gpus": 8, "gpus_per_engine": 4}, "does not divide"),
         ({"num_gpus": 8, "num_gpus_teacher": 4, "teacher_site": "none"}, "no teacher; unset it"),
-        ({"num_gpus": 6, "gpus_per_engine": 2, "teacher_site": "none"}, r"change it or SLIME_SCRIPT_NUM_GPUS\."),
+        (
+            {"num_gpus": 6, "gpus_per_engine": 2, "teacher_site": "none"},
+            r"change it or SLIME_SCRIPT_NUM_GPUS\.",
+        ),
         ({"num_gpus": 2, "gpus_per_engine": 2}, "--rollout-num-gpus-per-engine"),
         ({"num_gpus": 2, "engine": "sglang"}, "--colocate"),
         ({"num_gpus": 0, "num_gpus_teacher": 1}, "there is no GPU"),
