@@ -130,7 +130,8 @@ def plan_placement(
     """Split `num_gpus` GPUs between the teacher, the student's training and the student's generation.
 
     Half of the GPUs (a tensor parallel size, at most 8) are those of a teacher served here, from the first
-    one on; of the rest half train and half generate. `gpu_ids` names the GPUs of the machine, by default 0, 1, 2, …
+    one on; of the rest half train and half generate. `gpu_ids` names the GPUs of the machine, by default
+    0, 1, 2, …
 
     Raises:
         PlacementError: the numbers do not fit together.

@@ -1,5 +1,7 @@
-"""The other examples' launchers: GRPO without a teacher, and distillation of text. What they share with the main one
-is tested there."""
+"""The other examples' launchers: GRPO without a teacher, and distillation of text.
+
+What they share with the main one is tested there.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def finished(folder: Path, data: Path, script: Path, **knobs: str) -> tuple[str, list[dict[str, float]], Any]:
     """Run a launcher to its end; return its console, the metrics of its rollouts and its summary."""
-    with launched(folder, data, script, **SHORT | knobs) as job:
+    with launched(folder, data, SHORT | knobs, script) as job:
         status = job.wait()
         assert status == 0, job.console
         job.assert_nothing_left()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
 
 
 @contextmanager
-def launched(output_dir: Path, data: Path, script: Path = SCRIPT, **knobs: str) -> Iterator[Job]:
+def launched(output_dir: Path, data: Path, knobs: Mapping[str, str], script: Path = SCRIPT) -> Iterator[Job]:
     """Start a launcher on as small a job, with `SLIME_SCRIPT_<knob>` set; teacher and driver are real."""
     knobs = {
         "SKIP_SETUP": "1",
@@ -162,7 +162,8 @@ def launched(output_dir: Path, data: Path, script: Path = SCRIPT, **knobs: str) 
         "ROLLOUT_BATCH_SIZE": "4",
         "N_SAMPLES_PER_PROMPT": "2",
         "MAX_RESPONSE_LEN": "64",
-    } | knobs
+        **knobs,
+    }
     variables = {f"SLIME_SCRIPT_{name}": value for name, value in knobs.items()}
     variables |= {"VIRTUAL_ENV": sys.prefix, "TMPDIR": str(output_dir.parent)}
     with _started(["bash", str(script)], output_dir, variables) as job:
