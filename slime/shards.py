@@ -6,19 +6,23 @@ Runs once a rollout, where the samples are; pure, and its result is plain data t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from slime.backends.batching import TrainSample
+from slime.backends.batching import TrainSample, carried_by_all
 from slime.backends.planning import plan_micro_batches
 from slime.losses.advantages import discounted_returns, group_normalized, whitened
-from slime.utils.types import TRAINED, Sample
+from slime.utils.types import TRAINED, Sample, SampleStatus
 
 if TYPE_CHECKING:
     from slime.arguments import Args
+
+
+SOLVED = 0.5
+"""The grade from which on a response counts as right (`--opd-gate`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,10 @@ class StepPlan:
     """Loss tokens of the step over all ranks."""
     num_samples: int
     """Samples of the step over all ranks."""
+    num_distilled_tokens: int = 0
+    """Those of the loss tokens that the teacher's stream is trained on."""
+    num_distilled_samples: int = 0
+    """Samples with such a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,8 @@ class TrainShard:
     pictures: Mapping[str, bytes]
     """Content hash -> encoded bytes, of this shard's pictures alone."""
     steps: tuple[StepPlan, ...]
+    carried: frozenset[str]
+    """What every sample of the rollout, on all ranks, has for each token (`CARRIED`)."""
 
 
 def build_shards(
@@ -77,8 +87,6 @@ def build_shards(
         _to_train_sample(args, sample, advantage)
         for sample, advantage in zip(usable, advantages, strict=True)
     ]
-    if not all(sample.rollout_log_probs is not None for sample in train_samples):
-        train_samples = [replace(sample, rollout_log_probs=None) for sample in train_samples]
     return _plan_shards(args, train_samples, pictures, num_ranks, rollout_id, num_steps, merge_size)
 
 
@@ -115,7 +123,8 @@ def _task_advantages(args: Args, samples: Sequence[Sample]) -> list[Tensor]:
     `--task-reward-weight` scales the advantages, not the rewards: a normalisation would cancel it there.
     """
     weight = args.task_reward_weight if args.task_reward_weight > 0 else 1.0
-    rewards = torch.tensor([_train_reward(sample) for sample in samples], dtype=torch.float64)
+    name = "task_reward" if args.trains_on_grades else "train_reward"
+    rewards = torch.tensor([_number(sample, name) for sample in samples], dtype=torch.float64)
     masks = [_mask(sample).double() for sample in samples]
     if args.advantage_estimator == "grpo":
         groups = torch.tensor([_group(sample) for sample in samples])
@@ -134,13 +143,18 @@ def _task_advantages(args: Args, samples: Sequence[Sample]) -> list[Tensor]:
     return [weight * advantage.float() for advantage in advantages]
 
 
-def _train_reward(sample: Sample) -> float:
-    if "train_reward" not in sample.metadata:
+def _number(sample: Sample, name: str) -> float:
+    """Return a reward that the rollout left in the sample's metadata."""
+    if name not in sample.metadata:
         raise ValueError(
-            f"sample {sample.index} has no metadata['train_reward']; rewards are post-processed before "
-            "training, and pure distillation sets it to 0."
+            f"sample {sample.index} has no metadata[{name!r}]; "
+            + (
+                "rewards are post-processed before training, and pure distillation sets it to 0."
+                if name == "train_reward"
+                else "the task's grade is missing: --rm-type and --label-key say how a response is graded."
+            )
         )
-    return float(sample.metadata["train_reward"])
+    return float(sample.metadata[name])
 
 
 def _group(sample: Sample) -> int:
@@ -156,6 +170,7 @@ def _to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSam
     mask = _mask(sample)
     inputs = sample.multimodal_train_inputs or {}
     hashes, grids = inputs.get("image_hashes", []), inputs.get("image_grid_thw", [])
+    teacher = _teacher_parts(args, sample, mask)
     if len(hashes) != len(grids):
         raise ValueError(
             f"sample {sample.index} has {len(hashes)} image_hashes and {len(grids)} image_grid_thw; one each "
@@ -180,11 +195,49 @@ def _to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSam
         response_length=sample.response_length,
         loss_mask=mask,
         advantages=advantages,
-        rollout_log_probs=_log_probs(sample, "rollout_log_probs", mask),
-        teacher_log_probs=_log_probs(sample, "teacher_log_probs", mask) if args.use_opd else None,
+        rollout_log_probs=None
+        if args.sample_from == "teacher"
+        else _log_probs(sample, "rollout_log_probs", mask),
+        **teacher,
+        finished=sample.status is SampleStatus.COMPLETED,
         image_hashes=tuple(hashes),
         image_grid_thw=tuple((int(t), int(h), int(w)) for t, h, w in grids),
     )
+
+
+def _teacher_parts(args: Args, sample: Sample, mask: Tensor) -> dict[str, Tensor | None]:
+    """Return what the teacher says of the response, as far as the run uses it."""
+    if not args.use_opd:
+        # what the teacher wrote itself, it has scored while it wrote
+        wrote = args.sample_from == "teacher" and args.rollout_temperature == 1.0
+        return {"teacher_log_probs": _log_probs(sample, "rollout_log_probs", mask) if wrote else None}
+    parts: dict[str, Tensor | None] = {"teacher_log_probs": _log_probs(sample, "teacher_log_probs", mask)}
+    if args.opd_top_k > 0:
+        parts |= _top_k(args, sample)
+    if args.opd_gate != "all":
+        solved = _number(sample, "task_reward") >= SOLVED
+        parts["distill_mask"] = mask * (solved == (args.opd_gate == "right"))
+    return parts
+
+
+def _top_k(args: Args, sample: Sample) -> dict[str, Tensor | None]:
+    """Return the teacher's top-k; none where it is for the metrics alone and a plugin did not ask for it."""
+    ids, log_probs, tail = sample.teacher_top_ids, sample.teacher_top_log_probs, sample.teacher_tail_mass
+    if ids is None or log_probs is None or tail is None:
+        if args.opd_loss == "sampled":
+            return {}
+        raise ValueError(
+            f"sample {sample.index} has no top-k of the teacher, and --opd-loss topk learns from it. A "
+            "plugin of your own must write teacher_top_ids, teacher_top_log_probs and teacher_tail_mass, as "
+            "attach_scores in slime.rollout.on_policy_distillation does."
+        )
+    for name, part in (
+        ("teacher_top_ids", ids),
+        ("teacher_top_log_probs", log_probs),
+        ("teacher_tail_mass", tail),
+    ):
+        _require_length(sample, name, len(part))
+    return {"teacher_top_ids": ids, "teacher_top_log_probs": log_probs, "teacher_tail_mass": tail}
 
 
 def _log_probs(sample: Sample, name: str, mask: Tensor) -> Tensor | None:
@@ -229,7 +282,8 @@ def _plan_shards(
             max_tokens=args.max_tokens_per_gpu if args.use_dynamic_batch_size else None,
             micro_batch_size=None if args.use_dynamic_batch_size else args.micro_batch_size or 1,
         )
-        num_tokens = sum(int(samples[index].loss_mask.sum()) for index in chosen)
+        masks = [samples[index].loss_mask for index in chosen]
+        distilled = [_distill_mask(samples[index]) for index in chosen]
         for rank, batches in enumerate(plan):
             local: list[tuple[int, ...]] = []
             for batch in batches:
@@ -237,16 +291,30 @@ def _plan_shards(
                 owned[rank].extend(chosen[index] for index in batch)
                 local.append(tuple(range(start, start + len(batch))))
             steps[rank].append(
-                StepPlan(micro_batches=tuple(local), num_tokens=num_tokens, num_samples=len(chosen))
+                StepPlan(
+                    micro_batches=tuple(local),
+                    num_tokens=sum(int(mask.sum()) for mask in masks),
+                    num_samples=len(chosen),
+                    num_distilled_tokens=sum(int(mask.sum()) for mask in distilled),
+                    num_distilled_samples=sum(bool(mask.any()) for mask in distilled),
+                )
             )
     return [
-        _shard(rollout_id, [samples[index] for index in mine], pictures, plans)
+        _shard(rollout_id, [samples[index] for index in mine], pictures, plans, carried_by_all(samples))
         for mine, plans in zip(owned, steps, strict=True)
     ]
 
 
+def _distill_mask(sample: TrainSample) -> Tensor:
+    return sample.loss_mask if sample.distill_mask is None else sample.distill_mask
+
+
 def _shard(
-    rollout_id: int, samples: Sequence[TrainSample], pictures: Mapping[str, bytes], steps: Sequence[StepPlan]
+    rollout_id: int,
+    samples: Sequence[TrainSample],
+    pictures: Mapping[str, bytes],
+    steps: Sequence[StepPlan],
+    carried: frozenset[str],
 ) -> TrainShard:
     """Put one rank's samples together with the bytes of their pictures."""
     hashes = sorted({sha256 for sample in samples for sha256 in sample.image_hashes})
@@ -261,4 +329,5 @@ def _shard(
         samples=tuple(samples),
         pictures={sha256: pictures[sha256] for sha256 in hashes},
         steps=tuple(steps),
+        carried=carried,
     )

@@ -18,8 +18,10 @@ from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, loc
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
-from slime.ray.groups import RolloutGroup, TrainGroup
+from slime.ray.groups import ReplayGroup, RolloutGroup, TrainGroup
 from slime.ray.interrupts import exit_status, ignore, listen
+from slime.rollout.recording.head import RecordingError
+from slime.rollout.recording.places import require_recorded
 from slime.weight_sync.store import WeightStore
 
 
@@ -91,12 +93,14 @@ def run(args: Args) -> None:
     """Start everything, train, and leave nothing behind but the output folder."""
     started = time.monotonic()
     output_dir = Path(args.output_dir)
+    if args.replays:
+        require_recorded(args, first=resume_point(args.load)[0].rollout_id)
     checkpoint = local_model(args.hf_checkpoint)
     args = replace(args, hf_checkpoint=str(checkpoint))
     with Tracker(args) as tracker, Cluster(args) as cluster:
         tracker.say(cluster.resources.describe())
         with WeightStore.create(output_dir, checkpoint, one_machine=cluster.one_machine) as store:
-            rollouts = RolloutGroup(cluster, args)
+            rollouts = (ReplayGroup if args.replays else RolloutGroup)(cluster, args)
             trainers = TrainGroup(cluster, args, store)
             state = train(args, tracker, rollouts, trainers)
         close_run(args, tracker, state, time.monotonic() - started)
@@ -105,7 +109,7 @@ def run(args: Args) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, print the configuration, run.
 
-    Return 1 if an actor failed, and 130 or 143 after SIGINT or SIGTERM.
+    Return 1 if an actor failed or a recorded rollout is not there, and 130 or 143 after SIGINT or SIGTERM.
     """
     args = parse_args(None if argv is None else list(argv))
     listen()
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
-    except ActorError as error:
+    except (ActorError, RecordingError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 
 from slime.backends.base import Metrics, NonFiniteError, TrainBackend
 from slime.backends.batching import BatchProcessor, MicroBatch, MicroBatchBuilder
-from slime.objective import Objective
+from slime.backends.schedule import decayed
+from slime.losses.reduction import GlobalMean
+from slime.objective import Distillation, Objective
+from slime.objective.ratios import finished
 from slime.shards import StepPlan, TrainShard, build_shards
 
 if TYPE_CHECKING:
@@ -24,11 +27,19 @@ __all__ = ["TrainShard", "Trainer", "build_shards"]
 class Trainer:
     """Trains one rank's shard of each rollout through its backend."""
 
-    def __init__(self, args: Args, backend: TrainBackend, processor: BatchProcessor) -> None:
-        """Take the rank's backend, and the processor that the prompts were made with."""
+    def __init__(
+        self,
+        args: Args,
+        backend: TrainBackend,
+        processor: BatchProcessor,
+        never_sampled: Sequence[int] = (),
+    ) -> None:
+        """Take the rank's backend, the processor that the prompts were made with, and the ids outside the
+        student's distribution."""
         self._args = args
         self._backend = backend
         self._processor = processor
+        self._never_sampled = tuple(never_sampled)
 
     def train(self, rollout_id: int, shard: TrainShard) -> Metrics:
         """Take all optimizer steps of one rollout; return its metrics, the same on every rank. Collective.
@@ -38,24 +49,27 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient is not finite; the message names rollout, step and micro-batch.
         """
-        builder = MicroBatchBuilder(self._processor, shard.pictures)
+        builder = MicroBatchBuilder(self._processor, shard.pictures, shard.carried)
         steps = [
             [builder.build([shard.samples[index] for index in batch]) for batch in step.micro_batches]
             for step in shard.steps
         ]
-        if len(steps) > 1:
+        if len(steps) > 1 and self._args.loss_type == "policy_loss":
             steps = [self._with_log_probs(batches, "old_log_probs") for batches in steps]
         if self._args.kl_loss_coef > 0:
             steps = [self._with_log_probs(batches, "reference_log_probs") for batches in steps]
+        coef = self._opd_kl_coef(rollout_id)
         taken: list[Metrics] = []
         for number, (plan, batches) in enumerate(zip(shard.steps, steps, strict=True)):
             try:
-                metrics = self._backend.forward_backward(batches, self._objective(plan))
+                metrics = self._backend.forward_backward(batches, self._objective(plan, coef))
                 taken.append(metrics | self._backend.optim_step())
             except NonFiniteError as error:
                 raise NonFiniteError(f"rollout {rollout_id}, optimizer step {number}: {error}") from error
         means = {name: sum(metrics[name] for metrics in taken) / len(taken) for name in taken[0]}
-        return means | {
+        if self._args.use_opd:
+            means["opd_kl_coef"] = coef
+        return finished(means) | {
             "lr": taken[-1]["lr"],
             "tokens": float(sum(plan.num_tokens for plan in shard.steps)),
             "samples": float(sum(plan.num_samples for plan in shard.steps)),
@@ -69,18 +83,40 @@ class Trainer:
         log_probs = self._backend.compute_log_probs(batches, model)
         return [replace(batch, **{name: values}) for batch, values in zip(batches, log_probs, strict=True)]
 
-    def _objective(self, plan: StepPlan) -> Objective:
+    def _opd_kl_coef(self, rollout_id: int) -> float:
+        """Return the weight of the teacher's stream in this rollout."""
         args = self._args
+        done = rollout_id / max(1, args.num_rollout)
+        return decayed(args.opd_kl_coef, args.opd_kl_coef_end, args.opd_kl_coef_schedule, done)
+
+    def _objective(self, plan: StepPlan, opd_kl_coef: float) -> Objective:
+        args = self._args
+        over_tokens = args.calculate_per_token_loss
+        distillation = Distillation(
+            coef=opd_kl_coef,
+            mean=GlobalMean(
+                num_tokens=plan.num_distilled_tokens,
+                num_samples=plan.num_distilled_samples,
+                over_tokens=over_tokens,
+            ),
+            loss=args.opd_loss,
+            divergence=args.opd_divergence,
+            jsd_beta=args.opd_jsd_beta,
+            kl_clip=args.opd_kl_clip,
+            kl_discount=args.opd_kl_discount,
+        )
         return Objective(
-            num_tokens=plan.num_tokens,
-            num_samples=plan.num_samples,
-            mean_over_tokens=args.calculate_per_token_loss,
+            mean=GlobalMean(
+                num_tokens=plan.num_tokens, num_samples=plan.num_samples, over_tokens=over_tokens
+            ),
             eps_clip=args.eps_clip,
             eps_clip_high=args.eps_clip_high,
-            opd_kl_coef=args.opd_kl_coef if args.use_opd else None,
+            loss_type=args.loss_type,
+            distillation=distillation if args.use_opd else None,
             entropy_coef=args.entropy_coef,
             kl_loss_coef=args.kl_loss_coef,
             kl_loss_type=args.kl_loss_type,
             tis_clip=(args.tis_clip_low, args.tis_clip) if args.use_tis else None,
             rollout_temperature=args.rollout_temperature,
+            never_sampled=self._never_sampled,
         )

@@ -23,6 +23,7 @@ from slime.arguments.optim import BatchArgs, LossArgs, OptimArgs
 from slime.arguments.parser import parse
 from slime.arguments.pending import pending
 from slime.arguments.printing import format_groups, printable
+from slime.arguments.recording import RecordingArgs
 from slime.arguments.reward import RewardArgs
 from slime.arguments.rollout import RolloutArgs
 from slime.arguments.run import CheckpointArgs, OutputArgs
@@ -38,6 +39,7 @@ GROUPS = (
     BatchArgs,
     OptimArgs,
     EvaluationArgs,
+    RecordingArgs,
     ClusterArgs,
     MegatronArgs,
     OutputArgs,
@@ -58,6 +60,7 @@ class Args(
     BatchArgs,
     OptimArgs,
     EvaluationArgs,
+    RecordingArgs,
     ClusterArgs,
     MegatronArgs,
     OutputArgs,
@@ -91,6 +94,12 @@ class Args(
     def steps_per_rollout(self) -> int:
         """Optimizer steps of one rollout."""
         return self.samples_per_rollout // self.global_batch_size
+
+    @property
+    def trains_on_grades(self) -> bool:
+        """Whether the task's advantages are made of the rule's grades, not of a plugin's rewards."""
+        plugin = self.custom_rm_path is not None or self.custom_reward_post_process_path is not None
+        return self.task_reward_weight > 0 or not (self.use_opd or plugin)
 
     @property
     def total_train_steps(self) -> int:

@@ -16,6 +16,7 @@ def contradictions(args: Args) -> Iterator[str]:
     yield from _sampling(args)
     yield from _batches(args)
     yield from _engines(args)
+    yield from _replay(args)
 
 
 def _distillation(args: Args) -> Iterator[str]:
@@ -24,7 +25,7 @@ def _distillation(args: Args) -> Iterator[str]:
             "--opd-type megatron loads the teacher inside Megatron, and --train-backend is fsdp; "
             "serve the teacher and use --opd-type sglang with --rm-url."
         )
-    if args.use_opd and args.opd_type == "sglang" and args.rm_url is None:
+    if args.use_opd and args.opd_type == "sglang" and args.rm_url is None and not args.replays:
         yield (
             "--use-opd --opd-type sglang needs the teacher's address; "
             "add --rm-url http://HOST:PORT/generate of the server that holds it."
@@ -48,13 +49,15 @@ def _distillation(args: Args) -> Iterator[str]:
 
 def _rewards(args: Args) -> Iterator[str]:
     grades = args.rm_type is not None or args.custom_rm_path is not None
-    if not args.use_opd and not grades:
+    if not args.use_opd and not grades and args.loss_type != "sft_loss":
         yield (
             "There is nothing to learn from: no --use-opd, no --rm-type and no --custom-rm-path. Add "
             "--use-opd --opd-type sglang --rm-url URL for distillation, or --rm-type math for the task's "
             "reward."
         )
-    trains_on_task = args.task_reward_weight > 0 or (grades and not args.use_opd)
+    trains_on_task = args.task_reward_weight > 0 or (
+        grades and not args.use_opd and args.loss_type != "sft_loss"
+    )
     if trains_on_task and args.advantage_estimator == "grpo" and args.n_samples_per_prompt == 1:
         yield (
             "--advantage-estimator grpo compares the samples of one prompt, and --n-samples-per-prompt is "
@@ -69,14 +72,51 @@ def _rewards(args: Args) -> Iterator[str]:
         )
     if args.task_reward_weight > 0 and args.label_key is None:
         yield "--task-reward-weight grades against reference answers; set --label-key to their column."
+    if args.opd_gate != "all" and args.label_key is None:
+        yield (
+            f"--opd-gate {args.opd_gate} chooses by the task's grade, and there are no reference answers "
+            "to grade by; set --label-key to their column."
+        )
 
 
 def _sampling(args: Args) -> Iterator[str]:
-    if args.rollout_temperature != 1.0 and not args.use_tis:  # only arguments that are made in code come here
+    yield from _teacher_samples(args)
+    if args.rollout_temperature != 1.0 and not args.use_tis and args.sample_from == "student":
         yield (
             f"--rollout-temperature {args.rollout_temperature:g} samples from another distribution than the "
             "one that is learned, and nothing corrects for it. Add --use-tis, or use temperature 1."
         )
+
+
+def _teacher_samples(args: Args) -> Iterator[str]:
+    """Yield what does not go with text that the teacher wrote."""
+    wrote = args.sample_from == "teacher"
+    if args.loss_type == "sft_loss" and not wrote:
+        yield (
+            "--loss-type sft_loss imitates the sampled tokens, and --sample-from is student: it would "
+            "imitate itself. Add --sample-from teacher."
+        )
+    if args.loss_type == "sft_loss" and (args.use_opd or args.kl_loss_coef > 0 or args.entropy_coef > 0):
+        yield (
+            "--loss-type sft_loss is the whole loss; --use-opd, --kl-loss-coef and --entropy-coef would "
+            "have no effect. Drop them, or use --loss-type policy_loss."
+        )
+    if wrote and args.rm_url is None:
+        yield "--sample-from teacher asks the teacher's server for responses; name it by --rm-url."
+    if wrote and args.opd_teachers:
+        yield "--sample-from teacher asks one teacher, and --opd-teachers several. Give one by --rm-url."
+    if wrote and args.loss_type == "policy_loss" and not (args.use_opd and args.opd_loss == "topk"):
+        yield (
+            "--sample-from teacher gives tokens that the student did not draw: neither rewards nor the "
+            "sampled reverse KL can be learned from them. Use --loss-type sft_loss, or --use-opd --opd-loss "
+            "topk."
+        )
+    if wrote and args.task_reward_weight > 0:
+        yield (
+            "--task-reward-weight rewards what the student drew, and --sample-from is teacher. Drop either."
+        )
+    if wrote and args.use_tis:
+        yield "--use-tis corrects for the student's own sampling, and the teacher samples. Drop it."
 
 
 def _batches(args: Args) -> Iterator[str]:
@@ -108,4 +148,16 @@ def _engines(args: Args) -> Iterator[str]:
         names = " ".join("--sglang-" + name.replace("_", "-") for name in args.sglang)
         yield (
             f"{names} is for SGLang engines, and --engine is {args.engine}. Drop it, or use --engine sglang."
+        )
+
+
+def _replay(args: Args) -> Iterator[str]:
+    if not args.prompt_data and not args.replays:  # only arguments that are made in code come here
+        yield "There are no prompts; add --prompt-data PATH."
+    if args.replays and args.eval_prompt_data:
+        flags = "--eval-prompt-data" + (" and --eval-teacher" if args.eval_teacher else "")
+        yield (
+            f"{flags} asks a server, and --load-debug-rollout-data trains without any. Drop {flags} (and "
+            "--eval-interval), --save the student, and evaluate it by a run without "
+            "--load-debug-rollout-data: --load its checkpoint with the same --num-rollout."
         )

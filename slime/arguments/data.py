@@ -26,8 +26,10 @@ class DataArgs:
     """Data"""
 
     prompt_data: str = flag(
+        "",
         help="Training prompts: a .parquet or .jsonl file, a folder of them, or a hub dataset (owner/name). "
-        "PATH@SPLIT picks a split (default train), PATH@[FROM:TO] a slice."
+        "PATH@SPLIT picks a split (default train), PATH@[FROM:TO] a slice.",
+        required_unless="--load-debug-rollout-data",
     )
     input_key: str = flag("problem", help="Column of the prompt: text, or a list of messages.")
     label_key: str | None = flag("answer", help="Column of the reference answer.")

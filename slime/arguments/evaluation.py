@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from slime.arguments.flags import flag
+from slime.arguments.reward import rule_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,10 @@ class EvaluationArgs:
         help="Evaluate after every so many rollouts, beside before the first and after the last.",
         at_least=1,
     )
-    eval_rm_type: Literal["math"] = flag(
-        "math", help="Rule that grades evaluation; never the training plugin."
+    eval_rm_type: str = flag(
+        "math",
+        help="Rule that grades evaluation, math or a dotted path as in --rm-type; never the training plugin.",
+        parse=rule_name,
     )
     n_samples_per_eval_prompt: int = flag(1, help="Responses to each evaluation prompt.", at_least=1)
     eval_max_response_len: int = flag(

@@ -43,6 +43,8 @@ class FlagSpec:
     """Gives the value, from the finished arguments, where the flag is not set (default None)."""
     derived_from: str = ""
     """What `derive` does, for the help text."""
+    required_unless: str | None = None
+    """The flag in whose presence this one may be left out."""
     repeat: bool = False
     """The flag may be given several times; the values are collected."""
     at_least: float | None = None

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from slime.arguments.devices import visible_gpus
 from slime.arguments.flags import flag
+
+
+def _is_off_policy(args: Any) -> bool:
+    """Tell whether tokens are learned from that another distribution than the student's drew."""
+    if args.loss_type == "sft_loss" or args.sample_from == "teacher":
+        return False
+    one_step = args.global_batch_size in (None, args.samples_per_rollout)  # None: not derived yet
+    return args.rollout_temperature != 1.0 or not one_step
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossArgs:
     """Loss"""
 
+    loss_type: Literal["policy_loss", "sft_loss"] = flag(
+        "policy_loss",
+        help="policy_loss: learn from rewards and the teacher's scores; sft_loss: imitate the sampled "
+        "tokens, which the teacher wrote (--sample-from teacher).",
+    )
     advantage_estimator: Literal["grpo", "reinforce_plus_plus"] = flag(
         "grpo", help="How task rewards become advantages."
     )
@@ -26,8 +39,8 @@ class LossArgs:
     )
     use_tis: bool = flag(
         help="Weigh each sampled token by its truncated importance ratio, trainer over engine.",
-        derive=lambda args: args.rollout_temperature != 1.0,
-        derived_from="where --rollout-temperature is not 1",
+        derive=_is_off_policy,
+        derived_from="where --rollout-temperature is not 1, or a rollout is used for several steps",
     )
     tis_clip: float = flag(2.0, help="Largest importance weight.", above=0)
     tis_clip_low: float = flag(0.0, help="Smallest importance weight.", at_least=0)
@@ -57,8 +70,8 @@ class LossArgs:
             )
         if not self.use_tis and (self.tis_clip, self.tis_clip_low) != (2.0, 0.0):
             yield (
-                "--tis-clip and --tis-clip-low bound importance weights, and none are used at "
-                "--rollout-temperature 1. Add --use-tis, or drop them."
+                "--tis-clip and --tis-clip-low bound importance weights, and none are used. Add --use-tis, "
+                "or drop them."
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from slime.arguments.engine import SGLANG_PREFIX, collect_sglang
@@ -26,7 +26,7 @@ def parse(argv: list[str] | None, groups: Sequence[type], make: Callable[..., A]
     if unknown:
         parser.error(unknown_message(unknown, [word for flag in declared for word in flag.spellings]))
     values = vars(namespace)
-    missing = [flag for flag in declared if flag.required and flag.attribute not in values]
+    missing = _missing(declared, values)
     if missing:
         parser.error("missing flags:\n" + "\n".join(f"- {flag.cli}: {flag.spec.help}" for flag in missing))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -34,6 +34,16 @@ def parse(argv: list[str] | None, groups: Sequence[type], make: Callable[..., A]
         return make(**values, sglang=sglang)
     except ArgumentsError as error:
         parser.error(str(error) if len(error.problems) == 1 else f"{len(error.problems)} problems:\n{error}")
+
+
+def _missing(declared: Sequence[Flag], values: Mapping[str, Any]) -> list[Flag]:
+    """Return the flags that must be given and are not."""
+    given = [flag.cli for flag in declared if flag.attribute in values]
+    return [
+        flag
+        for flag in declared
+        if flag.cli not in given and (flag.required or flag.spec.required_unless not in (None, *given))
+    ]
 
 
 def build_parser(groups: Sequence[type]) -> argparse.ArgumentParser:
@@ -55,6 +65,8 @@ def build_parser(groups: Sequence[type]) -> argparse.ArgumentParser:
 
 def _options(flag: Flag) -> dict[str, Any]:
     """Return argparse's options for one flag."""
+    if flag.kind == "bool" and flag.spec.derive is not None:  # it may be on by itself, and is not wanted
+        return {"action": argparse.BooleanOptionalAction}
     if flag.kind == "bool":
         return {"action": "store_false" if flag.default is True else "store_true"}
     options: dict[str, Any] = {"type": _reporting(flag.value_type)}
@@ -87,6 +99,8 @@ def _help(flag: Flag) -> str:
     """Return the help text with the default behind it."""
     if flag.required:
         note = " (required)"
+    elif flag.spec.required_unless is not None:
+        note = f" (required without {flag.spec.required_unless})"
     elif flag.spec.derived_from:
         note = f" (default: {flag.spec.derived_from})"
     elif flag.kind == "bool" or flag.default in (None, ()):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from slime.arguments.flags import flags_of
 
 SECRET_WORDS = ("api_key", "token", "password", "secret")
 MASK = "***"
+_URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^\s/]*@)?(?P<place>[^\s?#]*)(?P<query>[?#]\S+)?")
 
 
 def printable(value: Any, name: str = "") -> Any:
@@ -19,20 +20,21 @@ def printable(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if any(name.endswith(word) for word in SECRET_WORDS):
             return MASK
-        return _without_credentials(value)
+        return without_credentials(value)
     if isinstance(value, list | tuple):
-        return [printable(entry) for entry in value]
+        return [printable(entry, name) for entry in value]
     return value
 
 
-def _without_credentials(text: str) -> str:
-    """Mask user, password and query of a URL; leave other text alone."""
-    if not text.startswith(("http://", "https://")):
-        return text
-    parts = urlsplit(text)
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"{MASK}@{host}" if "@" in parts.netloc else host
-    return urlunsplit((parts.scheme, netloc, parts.path, MASK if parts.query else "", ""))
+def without_credentials(text: str) -> str:
+    """Mask user, password and query of every URL in a text; leave the rest alone."""
+    return _URL.sub(_masked, text)
+
+
+def _masked(url: re.Match[str]) -> str:
+    user = f"{MASK}@" if url["user"] else ""
+    query = f"?{MASK}" if url["query"] else ""
+    return url["scheme"] + user + url["place"] + query
 
 
 def format_groups(values: Mapping[str, Any], groups: Sequence[type]) -> str:

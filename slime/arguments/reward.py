@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
 from slime.arguments.flags import flag
+
+RULES = ("math",)
+"""The rules of `slime.rollout.rm_hub`."""
+
+
+def rule_name(text: str) -> str:
+    """Read the name of a rule of the package, or a dotted path."""
+    if text not in RULES and ("." not in text or "/" in text or text.endswith(".py")):
+        raise ValueError(f"is neither {', '.join(RULES)} nor a dotted path (package.module.function)")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArgs:
     """Reward and teacher"""
 
-    rm_type: Literal["math"] | None = flag(None, help="Rule that grades responses against --label-key.")
+    rm_type: str | None = flag(
+        None,
+        help="Rule that grades responses against --label-key: math, or the dotted path of your own "
+        "`async grade(args, sample, **kwargs) -> float`.",
+        parse=rule_name,
+    )
     rm_urls: tuple[str, ...] = flag(
         (),
         name="--rm-url",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from slime.arguments.flags import flag
 
@@ -15,6 +16,9 @@ class RolloutArgs:
     num_rollout: int = flag(help="Turns of the loop. 0 only evaluates.", at_least=0)
     rollout_batch_size: int = flag(32, help="Prompts in one rollout.", at_least=1)
     n_samples_per_prompt: int = flag(4, help="Responses to each prompt.", at_least=1)
+    sample_from: Literal["student", "teacher"] = flag(
+        "student", help="Who writes the responses that are trained on; teacher: the server at --rm-url."
+    )
     rollout_max_response_len: int = flag(1024, help="Longest response in tokens.", at_least=1)
     rollout_temperature: float = flag(
         1.0,

@@ -23,8 +23,8 @@ class LossInputs(Protocol):
     """What a loss may ask of the model's outputs, at the P packed response tokens of one micro-batch.
 
     The distribution is the one that was sampled from: over all tokens but those that are never sampled.
-    All but `log_probs_at` are differentiable, computed in chunks that are recomputed in the backward pass: no
-    saved tensor is `[P, V]`.
+    All but `log_probs_at` and `top_ids` are differentiable, computed in chunks that are recomputed in the
+    backward pass: no saved tensor is `[P, V]`.
     """
 
     @property
@@ -43,6 +43,10 @@ class LossInputs(Protocol):
 
     def log_probs_at(self, temperature: float) -> Tensor:
         """Return the log-probs [P], float32, of the sampled tokens at another temperature; no gradient."""
+        ...
+
+    def top_ids(self, count: int) -> Tensor:
+        """Return the likeliest tokens of each position, int64 [P, count], likeliest first; no gradient."""
         ...
 
 

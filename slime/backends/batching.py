@@ -11,7 +11,7 @@ patch.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -20,13 +20,26 @@ from PIL import Image
 from torch import Tensor
 
 from slime.data.expand import expand_image_pads, expanded_length
+from slime.data.thinking import ThinkTags
 
 Grid = tuple[int, int, int]
+CARRIED: Mapping[str, torch.dtype] = {
+    "rollout_log_probs": torch.float32,
+    "teacher_log_probs": torch.float32,
+    "teacher_top_ids": torch.int64,
+    "teacher_top_log_probs": torch.float32,
+    "teacher_tail_mass": torch.float32,
+    "distill_mask": torch.float32,
+}
+"""What a sample may carry for each response token, and its type in a micro-batch, under the same name."""
+ROWS_OF_K = ("teacher_top_ids", "teacher_top_log_probs")
+"""Those that are [R, K]."""
 
 
 class BatchProcessor(Protocol):
     """What batching reads of the processor."""
 
+    tokenizer: Any
     image_token_id: int | None
     """None where the tokenizer has no image pad."""
     merge_size: int
@@ -51,6 +64,16 @@ class TrainSample:
     """float32 [R]."""
     teacher_log_probs: Tensor | None = None
     """float32 [R]."""
+    teacher_top_ids: Tensor | None = None
+    """int32 [R, K]."""
+    teacher_top_log_probs: Tensor | None = None
+    """float32 [R, K]."""
+    teacher_tail_mass: Tensor | None = None
+    """float32 [R]."""
+    distill_mask: Tensor | None = None
+    """float32 [R], 1 where the teacher's stream is trained on; None: where the loss mask is 1."""
+    finished: bool = True
+    """Whether the response ended by itself, not by the token limit."""
     image_hashes: tuple[str, ...] = ()
     image_grid_thw: tuple[Grid, ...] = ()
 
@@ -87,10 +110,22 @@ class MicroBatch:
     """float32 [P]."""
     advantages: Tensor
     """float32 [P], of the task-reward stream."""
+    finished: Tensor
+    """bool [P], the token's response ended by itself."""
+    thinking: Tensor
+    """bool [P], the token belongs to the response's thought, tags included."""
     rollout_log_probs: Tensor | None = None
     """float32 [P], under the engine."""
     teacher_log_probs: Tensor | None = None
     """float32 [P]."""
+    teacher_top_ids: Tensor | None = None
+    """int64 [P, K]."""
+    teacher_top_log_probs: Tensor | None = None
+    """float32 [P, K]."""
+    teacher_tail_mass: Tensor | None = None
+    """float32 [P]."""
+    distill_mask: Tensor | None = None
+    """float32 [P], where the teacher's stream is trained on; None: where the loss mask says."""
     old_log_probs: Tensor | None = None
     """float32 [P], under the trainer's student before the first of several steps."""
     reference_log_probs: Tensor | None = None
@@ -121,8 +156,17 @@ class MicroBatchBuilder:
     1024x1024 they are 25 MB.
     """
 
-    def __init__(self, processor: BatchProcessor, pictures: Mapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        processor: BatchProcessor,
+        pictures: Mapping[str, bytes],
+        carried: frozenset[str] | None = None,
+    ) -> None:
+        """Take the processor, the shard's pictures, and which of `CARRIED` goes into every micro-batch: a
+        dummy must look like the others. None: what the samples of each have in common."""
         self._processor = processor
+        self._carried = carried
+        self._tags = ThinkTags.of(processor.tokenizer)
         self._pictures = pictures
         self._processed: dict[str, tuple[Tensor, Grid]] = {}
 
@@ -151,7 +195,13 @@ class MicroBatchBuilder:
             pictures=pictures,
             picture_grids=grids,
             picture_rows=picture_rows,
-            **_response_arrays(samples, rows, width),
+            **_response_arrays(
+                samples,
+                rows,
+                width,
+                self._tags,
+                carried_by_all(samples) if self._carried is None else self._carried,
+            ),
         )
 
     def _expand(self, sample: TrainSample) -> Tensor:
@@ -224,9 +274,15 @@ def _decode(png: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], width: int) -> dict[str, Any]:
+def _response_arrays(
+    samples: Sequence[TrainSample],
+    rows: Sequence[Tensor],
+    width: int,
+    tags: ThinkTags,
+    carried: frozenset[str],
+) -> dict[str, Any]:
     """Return the flat arrays [P] of all samples' responses."""
-    positions, ids, numbers = [], [], []
+    positions, ids, numbers, thinking = [], [], [], []
     for row, (sample, tokens) in enumerate(zip(samples, rows, strict=True)):
         length, response = len(tokens), sample.response_length
         if response >= length:
@@ -237,22 +293,33 @@ def _response_arrays(samples: Sequence[TrainSample], rows: Sequence[Tensor], wid
         positions.append(torch.arange(length - response - 1, length - 1) + row * width)
         ids.append(tokens[length - response :])
         numbers.append(torch.full((response,), row))
+        thinking.append(tags.thinking(tokens, response))
     return {
         "response_positions": _flat(positions, torch.int64),
         "response_ids": _flat(ids, torch.int64),
         "sample_rows": _flat(numbers, torch.int64),
         "loss_mask": _flat([sample.loss_mask for sample in samples], torch.float32),
         "advantages": _flat([sample.advantages for sample in samples], torch.float32),
-        "rollout_log_probs": _flat_if_all([sample.rollout_log_probs for sample in samples]),
-        "teacher_log_probs": _flat_if_all([sample.teacher_log_probs for sample in samples]),
+        "finished": _flat(
+            [torch.full((sample.response_length,), sample.finished) for sample in samples], torch.bool
+        ),
+        "thinking": _flat(thinking, torch.bool),
+        **{name: _carried(samples, name) if name in carried else None for name in CARRIED},
     }
+
+
+def carried_by_all(samples: Iterable[TrainSample]) -> frozenset[str]:
+    """Return which of `CARRIED` every sample has."""
+    samples = tuple(samples)
+    return frozenset(name for name in CARRIED if all(getattr(sample, name) is not None for sample in samples))
+
+
+def _carried(samples: Sequence[TrainSample], name: str) -> Tensor:
+    """Return what all samples carry under `name` as one [P] or [P, K]."""
+    if not samples:
+        return torch.zeros((0, 1) if name in ROWS_OF_K else (0,), dtype=CARRIED[name])
+    return _flat([getattr(sample, name) for sample in samples], CARRIED[name])
 
 
 def _flat(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([part.to(dtype) for part in parts]) if parts else torch.zeros(0, dtype=dtype)
-
-
-def _flat_if_all(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return all parts as one [P], or None where any sample is without."""
-    present = [part for part in parts if part is not None]
-    return _flat(present, torch.float32) if len(present) == len(parts) else None

@@ -50,6 +50,16 @@ def chunked_log_probs(
     return log_probs, entropy
 
 
+@torch.no_grad()
+def chunked_top_ids(
+    hidden: Tensor, head: Tensor, count: int, chunk_size: int = 1024, masked_ids: Tensor | None = None
+) -> Tensor:
+    """Return the likeliest tokens, int64 [P, count], likeliest first; arguments as `chunked_log_probs` has
+    them."""
+    chunks = [_logits(rows, head, masked_ids).topk(count, dim=1).indices for rows in hidden.split(chunk_size)]
+    return torch.cat(chunks)
+
+
 def _logits(rows: Tensor, head: Tensor, masked_ids: Tensor | None) -> Tensor:
     """Return a chunk's logits [C, V] in at least float32, those of masked tokens at the floor."""
     logits = _wide(rows @ head.T)

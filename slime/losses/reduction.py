@@ -6,8 +6,30 @@ mean however the batch was split.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalMean:
+    """The mean of one stream over the tokens of the global batch that it learns from."""
+
+    num_tokens: float
+    """Tokens of the global batch that count; with 0 there is nothing to learn, and every weight is 0."""
+    num_samples: float
+    """Samples of the global batch with a token that counts."""
+    over_tokens: bool
+    """True: all tokens weigh alike; False: mean over samples of each sample's own token mean."""
+
+    def weights(self, mask: Tensor, sample_rows: Tensor) -> Tensor:
+        """Return the weight of each token, [P], int64 [P] -> [P]."""
+        if self.num_tokens == 0:
+            return torch.zeros_like(mask)
+        if self.over_tokens:
+            return token_mean_weights(mask, self.num_tokens)
+        return sample_mean_weights(mask, sample_rows, self.num_samples)
 
 
 def token_mean_weights(loss_mask: Tensor, num_tokens: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slime.metrics.signal import render_signal, signal_changes
 from slime.metrics.summary import Summary, gap_closed, render_table, write_summary
 from slime.metrics.tracker import METRICS_FILE, Tracker
 
@@ -29,13 +30,17 @@ def close_run(args: Args, tracker: Tracker, state: RunState, wall_seconds: float
         student_tokens=state.student_tokens,
         wall_seconds=round(wall_seconds, 1),
         backend=args.train_backend,
-        engine=args.engine,
+        engine="replayed" if args.replays else args.engine,
+        written_by=args.sample_from,
+        signal=signal_changes(tracker.records),
     )
     written = [
         METRICS_FILE,
         write_summary(summary, output_dir).name,
         draw_curves(tracker.records, output_dir).name,
     ]
-    tracker.say(render_table(summary, with_teacher=args.use_opd or args.eval_teacher))
+    if summary.signal:
+        tracker.say(render_signal(summary.signal))
+    tracker.say(render_table(summary, with_teacher=args.use_opd or bool(args.teacher_urls)))
     tracker.say(f"{output_dir}: {', '.join(written)}")
     return summary

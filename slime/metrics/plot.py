@@ -15,15 +15,21 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "curves.png"
 STUDENT, TEACHER, FAINT = "#1f5fa8", "#c8571b", "#9db8d6"
+PARTS = {"thinking": "#1f5fa8", "answer": "#3a9d6e", "first_token": "#8e6bb0", "last_token": "#b03a5b"}
+"""Kinds of tokens whose reverse KL is drawn."""
 
 
 def draw_curves(records: Sequence[dict[str, float]], output_dir: Path) -> Path:
-    """Draw accuracy and, of a distillation, reverse KL over the rollouts into a PNG; return its path."""
+    """Draw accuracy and, of a distillation, reverse KL and where it is, over the rollouts, into a PNG.
+
+    Return its path.
+    """
+    panels = [_draw_accuracy]
+    if any("opd_reverse_kl" in record for record in records):
+        panels += [_draw_divergence, _draw_anatomy]
     # The canvas is named outright: pyplot would keep the figure and look for a display.
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5 * len(panels), 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    distilled = any("opd_reverse_kl" in record for record in records)
-    panels = (_draw_accuracy, _draw_divergence) if distilled else (_draw_accuracy,)
     for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         draw(axes, records)
         axes.set_xlabel("rollouts")
@@ -61,6 +67,18 @@ def _draw_divergence(axes: Axes, records: Sequence[dict[str, float]]) -> None:
     axes.plot(*_series(records, "opd_reverse_kl", offset=1), color=STUDENT, marker=".", linewidth=1.5)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_title("Reverse KL to the teacher (nats per response token)")
+
+
+def _draw_anatomy(axes: Axes, records: Sequence[dict[str, float]]) -> None:
+    """Draw on which tokens student and teacher differ."""
+    for name, colour in PARTS.items():
+        points = _series(records, f"signal/{name}_kl", offset=1)
+        if points[0]:
+            axes.plot(*points, color=colour, linewidth=1.5, label=name.replace("_", " "))
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_title("Where the reverse KL is")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=8, frameon=False)
 
 
 def _series(

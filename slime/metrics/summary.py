@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 SUMMARY_FILE = "summary.json"
@@ -13,7 +13,7 @@ MIN_GAP = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One run in ten numbers. Accuracies are shares of 1; None where nothing was evaluated."""
+    """One run in a few numbers. Accuracies are shares of 1; None where nothing was evaluated."""
 
     student_before: float | None
     student_after: float | None
@@ -21,10 +21,14 @@ class Summary:
     gap_closed: float | None
     rollouts: int
     student_tokens: int
-    """Response tokens that the student sampled for training."""
+    """Response tokens that were trained on; the student sampled them, unless the teacher wrote them."""
     wall_seconds: float
     backend: str
     engine: str
+    written_by: str = "student"
+    """Who sampled the response tokens."""
+    signal: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Metrics of the teacher's signal, in the first and in the last tenth of the rollouts."""
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
@@ -44,7 +48,7 @@ def render_table(summary: Summary, *, with_teacher: bool = True) -> str:
         ("student after", _accuracy(summary.student_after)),
         *(teacher if with_teacher else []),
         ("rollouts", str(summary.rollouts)),
-        ("student tokens", f"{summary.student_tokens:,}"),
+        (f"{summary.written_by} tokens", f"{summary.student_tokens:,}"),
         ("wall time", f"{minutes} min {seconds:02d} s"),
         ("backend, engine", f"{summary.backend}, {summary.engine}"),
     ]

@@ -29,7 +29,7 @@ CONSOLE_COLUMNS = (
 """(label, metric, format) of the line per rollout; a metric that a run does not have is left out."""
 APART_NATS = 0.1
 """Mean distance of log-probs beyond what precision explains: float32 gives 1e-5, bfloat16 some 1e-2."""
-CONSOLE_STAGES = ("rollout", "train", "sync", "save")
+CONSOLE_STAGES = ("rollout", "replay", "train", "sync", "save")
 """Stages whose `perf/<stage>_seconds` end the line."""
 
 

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.ray.cluster import Cluster
 from slime.ray.engine_actor import EngineActor
+from slime.ray.replay_actor import ReplayActor
 from slime.ray.rollout_actor import RolloutActor, RolloutResult, Who
 from slime.ray.train_actor import TrainActor
 from slime.weight_sync.store import WeightStore
@@ -25,6 +26,9 @@ TRAINER_FOLDER = "trainer"
 
 class RolloutGroup:
     """The student's engines and the actor that asks them. Starting returns at once; `wait_ready` waits."""
+
+    has_engines = True
+    """Whether anybody answers an evaluation and takes new weights."""
 
     def __init__(self, cluster: Cluster, args: Args) -> None:
         self._cluster = cluster
@@ -85,6 +89,18 @@ class RolloutGroup:
         return urls
 
 
+class ReplayGroup(RolloutGroup):
+    """Recorded rollouts in their place, read by an actor of its own. The arguments refuse evaluations."""
+
+    has_engines = False
+
+    def __init__(self, cluster: Cluster, args: Args) -> None:
+        self._cluster = cluster
+        self._actor = cluster.start_actor("replay", ReplayActor, args)
+        cluster.watch("replay")
+        self._ready = [self._actor.setup.remote()]
+
+
 class TrainGroup:
     """All training ranks, and the folder through which their weights reach the engines."""
 
@@ -123,9 +139,12 @@ class TrainGroup:
         return metrics | {"perf/train_seconds": time.perf_counter() - start}
 
     def publish_weights(self, rollouts: RolloutGroup) -> dict[str, float]:
-        """Bring the trainer's weights to the engines; what they sample next comes from these."""
+        """Bring the trainer's weights to the engines, where there are any; what they sample next comes from
+        these."""
         start = time.perf_counter()
         self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
+        if not rollouts.has_engines:
+            return {}
         version = str(self.step)
         path = self._store.path_for(version)
         if path != self._store.current:

@@ -26,6 +26,8 @@ class ResourceArgs(Protocol):
     @property
     def rollout_engine_urls(self) -> tuple[str, ...]: ...
     @property
+    def replays(self) -> bool: ...
+    @property
     def engine(self) -> str: ...
 
 
@@ -58,7 +60,7 @@ def plan_resources(args: ResourceArgs, num_gpus: int) -> Resources:
         ValueError: they do not suffice; the message names the flags.
     """
     ranks, per_engine = args.num_train_ranks, args.rollout_num_gpus_per_engine
-    external = bool(args.rollout_engine_urls)
+    external = bool(args.rollout_engine_urls) or args.replays
     if num_gpus == 0:
         engines = 0 if external else max(1, (args.rollout_num_gpus or 0) // per_engine)
         return Resources(

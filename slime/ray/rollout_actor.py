@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ray
 
@@ -19,6 +19,7 @@ from slime.ray.actor import Actor, Surroundings
 if TYPE_CHECKING:
     from slime.arguments import Args
     from slime.rollout.manager import RolloutManager
+    from slime.rollout.rollout import RolloutBatch
     from slime.utils.types import Sample
 
 Who = Literal["student", "teacher"]
@@ -31,6 +32,31 @@ class RolloutResult:
     shards: list[ray.ObjectRef]
     """One `TrainShard` per training rank."""
     metrics: dict[str, float]
+
+
+class PictureSource(Protocol):
+    """What shards need beside the samples."""
+
+    @property
+    def merge_size(self) -> int: ...
+    def pictures(self, hashes: Iterable[str]) -> dict[str, bytes]: ...
+
+
+def put_shards(
+    args: Args, rollout_id: int, batch: RolloutBatch, source: PictureSource
+) -> list[ray.ObjectRef]:
+    """Put one rollout's shards into the object store, one for each training rank."""
+    from slime.trainer import build_shards
+
+    shards = build_shards(
+        args,
+        batch.samples,
+        source.pictures(batch.image_hashes()),
+        args.num_train_ranks,
+        rollout_id,
+        merge_size=source.merge_size,
+    )
+    return [ray.put(shard) for shard in shards]
 
 
 class RolloutActor(Actor):
@@ -58,29 +84,12 @@ class RolloutActor(Actor):
         Raises:
             RuntimeError: an answer came from other weights than the last published ones.
         """
-        from slime.trainer import build_shards
-
         manager = self._ready()
         start = time.perf_counter()
         batch = manager.generate(rollout_id)
         self._check_versions(batch.samples)
         generated = time.perf_counter()
-        hashes = {
-            name
-            for sample in batch.samples
-            if sample.multimodal_train_inputs is not None
-            for name in sample.multimodal_train_inputs["image_hashes"]
-        }
-        pictures = manager.pictures(sorted(hashes))
-        shards = build_shards(
-            self._args,
-            batch.samples,
-            pictures,
-            self._args.num_train_ranks,
-            rollout_id,
-            merge_size=manager.merge_size,
-        )
-        refs = [ray.put(shard) for shard in shards]
+        refs = put_shards(self._args, rollout_id, batch, manager)
         tokens = sum(sample.response_length for sample in batch.samples)
         now = time.perf_counter()
         times = {
@@ -114,7 +123,7 @@ class RolloutActor(Actor):
             self._manager.close()
 
     def _check_versions(self, samples: Sequence[Sample]) -> None:
-        if self._version is None:
+        if self._version is None or self._args.sample_from == "teacher":
             return
         for sample in samples:
             stale = set(sample.weight_versions) - {self._version}

@@ -56,7 +56,7 @@ class TrainActor(Actor):
         processor = load_processor(checkpoint)
         masked = never_sampled(processor.tokenizer, model_facts(checkpoint).vocab_size)
         self._backend = create_backend(args, self._rank, args.num_train_ranks, masked)
-        self._trainer = Trainer(args, self._backend, processor)
+        self._trainer = Trainer(args, self._backend, processor, masked)
 
     def train(self, rollout_id: int, shard: TrainShard) -> dict[str, float]:
         """Take the optimizer steps of one rollout; return metrics, the same on every rank."""

@@ -6,7 +6,9 @@ Owns an event loop in a thread; everything asynchronous happens there. Knows not
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
+import time
 from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,6 +21,9 @@ from slime.evaluation import evaluate
 from slime.rollout.generate import GenerateFunction, Sampler, generate
 from slime.rollout.on_policy_distillation import REMEDY as TEACHER_REMEDY
 from slime.rollout.on_policy_distillation import close_teacher_clients
+from slime.rollout.recording.file import write_rollout
+from slime.rollout.recording.head import Head
+from slime.rollout.recording.places import recording_path
 from slime.rollout.rewards import Rewards
 from slime.rollout.rm_hub.grader import shared_grader
 from slime.rollout.rollout import RolloutBatch, run_rollout
@@ -48,6 +53,9 @@ class RolloutManager:
         self._banned = never_sampled(self._processor.tokenizer, self._facts.vocab_size)
         self._function = _generate_function(args)
         self._rewards = Rewards(args, self._facts)
+        self._recordings = args.save_debug_rollout_data
+        if self._recordings is not None:  # a folder that cannot be made is found out now
+            recording_path(self._recordings, 0).parent.mkdir(parents=True, exist_ok=True)
         self._engines = EngineClient(
             engine_urls,
             role="student engine",
@@ -55,17 +63,21 @@ class RolloutManager:
             concurrency=args.rollout_concurrency,
             timeout=args.request_timeout,
         )
+        self._teacher: EngineClient | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-loop", daemon=True)
         self._thread.start()
 
     def generate(self, rollout_id: int) -> RolloutBatch:
-        """Sample and score the next `--rollout-batch-size` prompts.
+        """Sample and score the next `--rollout-batch-size` prompts, and record what came of them where that
+        is asked for.
 
         Raises:
             EngineError: an engine or the teacher failed; retries are over.
+            RecordingError: a sample holds what cannot be recorded.
         """
-        return self._run(self._generate(rollout_id))
+        batch = self._run(self._generate(rollout_id))
+        return batch if self._recordings is None else self._recorded(self._recordings, rollout_id, batch)
 
     def evaluate(self, rollout_id: int, who: Literal["student", "teacher"] = "student") -> dict[str, float]:
         """Return the held-out accuracy of the student's engines, or of the server at `--rm-url`."""
@@ -109,7 +121,7 @@ class RolloutManager:
             self._args,
             rollout_id,
             groups,
-            Sampler(self._engines, self._facts),
+            Sampler(self._writer(), self._facts),
             self._rewards,
             self._banned,
             self._function,
@@ -122,20 +134,48 @@ class RolloutManager:
         }
         return RolloutBatch(batch.samples, batch.metrics | counts)
 
-    async def _evaluate(self, who: Literal["student", "teacher"]) -> dict[str, float]:
-        sets = await asyncio.to_thread(self._eval_samples)
-        if who == "student":
-            return await self._answer(sets, self._engines)
-        if not self._args.teacher_urls:
-            raise ValueError("the teacher's accuracy is asked for and no --rm-url names its server.")
-        async with EngineClient(
+    def _recorded(self, place: str, rollout_id: int, batch: RolloutBatch) -> RolloutBatch:
+        """Write the rollout to its file; return it with the time that this took."""
+        start = time.perf_counter()
+        head = Head(
+            rollout_id=rollout_id,
+            student=self._args.hf_checkpoint,
+            model=dataclasses.asdict(self._facts),
+            arguments=self._args.as_dict(),
+            metrics=batch.metrics,
+            data_position=self.state_dict(),
+        )
+        pictures = self.pictures(batch.image_hashes())
+        write_rollout(recording_path(place, rollout_id), head, batch.samples, pictures)
+        seconds = {"perf/record_seconds": time.perf_counter() - start}
+        return RolloutBatch(batch.samples, batch.metrics | seconds)
+
+    def _writer(self) -> EngineClient:
+        """Return who answers the training prompts (`--sample-from`)."""
+        if self._args.sample_from == "student":
+            return self._engines
+        if self._teacher is None:
+            self._teacher = self._teacher_client()
+        return self._teacher
+
+    def _teacher_client(self) -> EngineClient:
+        """Return a client that lets the teacher's servers write."""
+        return EngineClient(
             self._args.teacher_urls,
             role="teacher",
             remedy=TEACHER_REMEDY,
             concurrency=self._args.teacher_concurrency,
             timeout=self._args.request_timeout,
             patience=self._args.teacher_patience,
-        ) as teacher:
+        )
+
+    async def _evaluate(self, who: Literal["student", "teacher"]) -> dict[str, float]:
+        sets = await asyncio.to_thread(self._eval_samples)
+        if who == "student":
+            return await self._answer(sets, self._engines)
+        if not self._args.teacher_urls:
+            raise ValueError("the teacher's accuracy is asked for and no --rm-url names its server.")
+        async with self._teacher_client() as teacher:
             return await self._answer(sets, teacher)
 
     async def _answer(self, sets: dict[str, list[Sample]], client: EngineClient) -> dict[str, float]:
@@ -159,6 +199,8 @@ class RolloutManager:
 
     async def _close(self) -> None:
         await self._engines.close()
+        if self._teacher is not None:
+            await self._teacher.close()
         await close_teacher_clients()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

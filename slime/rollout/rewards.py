@@ -2,8 +2,8 @@
 
 `judge` runs as each response ends, beside the generation of the others; `finish` once per rollout. Afterwards
 a sample holds numbers alone: `teacher_log_probs`, and in its metadata `task_reward` (the rule's grade),
-`raw_reward` (the plugin's) and `train_reward`: what advantages are made of, the plugin's reward, or with
-`--task-reward-weight` the grade. Advantages, and the stream's weight on them, are the trainer's business.
+`raw_reward` and `train_reward` (the plugin's). Which of them advantages are made of (`trains_on_grades`), and
+the stream's weight on them, is the trainer's business.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Rewards:
             return
         await together([self._grade(sample), self._ask_plugin(sample, failures)])
         if self._reward is None:
-            sample.reward = sample.metadata["task_reward"]
+            sample.reward = sample.metadata.get("task_reward", 0.0)
 
     async def _grade(self, sample: Sample) -> None:
         if sample.label is not None or self._args.rm_type is not None:
@@ -100,10 +100,10 @@ class Rewards:
         for sample, raw_reward, reward in zip(judged, raw, rewards, strict=True):
             if self._needs_teacher:
                 sample.teacher_log_probs = self._log_probs(sample)
-            # the stream's weight is applied to its advantages: normalising a weighted reward would undo it
-            stream = sample.metadata.get("task_reward", 0.0) if self._args.task_reward_weight > 0 else 0.0
+            graded = self._args.trains_on_grades
+            sample.reward = sample.metadata.get("task_reward", 0.0) if graded else reward
             sample.metadata["raw_reward"] = raw_reward
-            sample.metadata["train_reward"] = sample.reward = reward + stream
+            sample.metadata["train_reward"] = 0.0 if graded else reward
         for sample in samples:
             if sample.status not in TRAINED:
                 mask_out(sample, with_teacher=self._needs_teacher)

@@ -31,6 +31,11 @@ class RolloutBatch:
     """In the order of their groups."""
     metrics: dict[str, float]
 
+    def image_hashes(self) -> list[str]:
+        """Return the content hashes of the pictures that the samples show, each once."""
+        inputs = [sample.multimodal_train_inputs or {} for sample in self.samples]
+        return sorted({name for shown in inputs for name in shown.get("image_hashes", [])})
+
 
 def rollout_params(args: Args, banned: Sequence[int]) -> dict[str, Any]:
     """Return the sampling parameters of a rollout."""

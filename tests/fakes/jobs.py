@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from slime.engines.process import ServerProcess, free_port, start_server
+from slime.engines.process import PROJECT_ROOT, ServerProcess, free_port, start_server
 from slime.tiny.geometry import GEOMETRY
 from slime.tiny.paths import checkpoint_path
 from slime.tiny.problems import ProblemSet
@@ -167,6 +167,14 @@ def launched(output_dir: Path, data: Path, knobs: Mapping[str, str], script: Pat
     variables = {f"SLIME_SCRIPT_{name}": value for name, value in knobs.items()}
     variables |= {"VIRTUAL_ENV": sys.prefix, "TMPDIR": str(output_dir.parent)}
     with _started(["bash", str(script)], output_dir, variables) as job:
+        yield job
+
+
+@contextmanager
+def benchmarking(argv: list[str], output_dir: Path) -> Iterator[Job]:
+    """Start the benchmark of learning signals."""
+    command = [sys.executable, "-m", "scripts.benchmarks.learning", "--out", str(output_dir), *argv]
+    with _started(command, output_dir, {"PYTHONPATH": str(PROJECT_ROOT)}) as job:
         yield job
 
 

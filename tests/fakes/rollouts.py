@@ -82,14 +82,18 @@ def write_prompts(folder: Path, count: int = 6, label: str = "4") -> Path:
 
 
 def rollout_args(
-    *flags: str, data: str = "prompts.jsonl", rm_url: str | None = "http://127.0.0.1:9/generate"
+    *flags: str,
+    data: str = "prompts.jsonl",
+    rm_url: str | None = "http://127.0.0.1:9/generate",
+    distill: bool = True,
 ) -> Args:
-    """Return the arguments of a small run with a teacher."""
+    """Return the arguments of a small run with a teacher, which `distill` lets score."""
     return parse_args(
         [
             *("--hf-checkpoint", CHECKPOINT, "--prompt-data", data, "--num-rollout", "2"),
             *("--rollout-batch-size", "3", "--n-samples-per-prompt", "2", "--rollout-max-response-len", "16"),
-            *("--apply-chat-template", "--use-opd", "--opd-type", "sglang"),
+            "--apply-chat-template",
+            *(("--use-opd", "--opd-type", "sglang") if distill else ()),
             *(() if rm_url is None else ("--rm-url", rm_url)),
             *flags,
         ]

@@ -65,11 +65,17 @@ def make_picture(seed: int) -> tuple[str, bytes, tuple[int, int, int]]:
 
 
 def make_samples(
-    count: int, *, with_pictures: Sequence[bool] = (True, False), group_size: int = 2, seed: int = 0
+    count: int,
+    *,
+    with_pictures: Sequence[bool] = (True, False),
+    group_size: int = 2,
+    seed: int = 0,
+    top_k: int = 0,
 ) -> tuple[list[Sample], dict[str, bytes]]:
-    """Return scored samples of mixed lengths, and their pictures by hash.
+    """Return scored and graded samples of mixed lengths, and their pictures by hash.
 
-    `with_pictures` says which groups have one, repeated over the groups.
+    `with_pictures` says which groups have one, repeated over the groups. With `top_k` they carry as many of a
+    teacher's likeliest tokens.
     """
     ids = build_tokenizer().convert_tokens_to_ids
     ordinary = torch.tensor([ids(letter) for letter in "0123456789*/=+abch"])
@@ -102,4 +108,17 @@ def make_samples(
                 metadata={"train_reward": float(torch.randint(0, 2, (), generator=generator))},
             )
         )
+    for sample in samples:
+        sample.metadata["task_reward"] = float((sample.index or 0) % 3 == 0)
+        if top_k > 0:
+            add_top_k(sample, top_k)
     return samples, pictures
+
+
+def add_top_k(sample: Sample, top_k: int) -> None:
+    """Let a sample carry the likeliest tokens of a random teacher."""
+    generator = torch.Generator().manual_seed(sample.index or 0)
+    logits = 2 * torch.randn(sample.response_length, VOCABULARY, generator=generator)
+    values, ids = logits.log_softmax(-1).topk(top_k)
+    sample.teacher_top_ids, sample.teacher_top_log_probs = ids.int(), values
+    sample.teacher_tail_mass = (1 - values.double().exp().sum(1)).clamp(min=0).float()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from slime.backends.batching import MicroBatchBuilder
 from slime.losses.log_probs import chunked_log_probs
-from slime.objective import Objective
+from slime.losses.reduction import GlobalMean
+from slime.objective import Distillation, Objective
 from slime.trainer import build_shards
 from slime.utils.processing_utils import load_processor
 from tests.fakes.tiny_model import VOCABULARY, make_samples, save_vision_model
@@ -53,23 +56,19 @@ def test_the_plain_way_would_be_seen() -> None:
     assert recorder.vocabulary_rows(333) == 50
 
 
-def test_a_whole_training_pass_saves_no_logits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal", [{}, {"loss": "topk", "divergence": "jsd"}], ids=["sampled", "topk"])
+def test_a_whole_training_pass_saves_no_logits(tmp_path: Path, signal: dict[str, Any]) -> None:
     """Pictures, entropy bonus and all; the head is tied, so its own [V, H] is there and nothing else of V."""
     model = save_vision_model(tmp_path)
-    samples, pictures = make_samples(4)
-    args = make_args(model, *DISTILL, *ONE_BATCH, "--logprob-chunk-size", "8", samples=4)
+    samples, pictures = make_samples(4, top_k=3)
+    args = make_args(model, *DISTILL, *ONE_BATCH, "--logprob-chunk-size", "8", "--opd-top-k", "3", samples=4)
     shard = build_shards(args, samples, pictures, 1, 0)[0]
     recorder = Recorder()
     with joined(args) as backend:
         batch = MicroBatchBuilder(load_processor(model), pictures).build(shard.samples)
+        mean = GlobalMean(num_tokens=shard.steps[0].num_tokens, num_samples=4, over_tokens=True)
         objective = Objective(
-            num_tokens=shard.steps[0].num_tokens,
-            num_samples=4,
-            mean_over_tokens=True,
-            eps_clip=0.2,
-            eps_clip_high=0.2,
-            opd_kl_coef=1.0,
-            entropy_coef=0.1,
+            mean=mean, distillation=Distillation(coef=1.0, mean=mean, **signal), entropy_coef=0.1
         )
         with saved_tensors_hooks(recorder.pack, lambda tensor: tensor):
             backend.forward_backward([batch], objective)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from slime.backends.batching import MicroBatch, MicroBatchBuilder
-from slime.objective import Objective
+from slime.losses.reduction import GlobalMean
+from slime.objective import Distillation, Objective
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
@@ -56,6 +57,9 @@ class Outputs:
 
     def gather(self, ids: Tensor) -> Tensor:
         return self.logits.log_softmax(-1)[ROWS.flatten()].gather(1, ids)
+
+    def top_ids(self, count: int) -> Tensor:
+        return self.logits.detach().topk(count).indices[ROWS.flatten()]
 
     def log_probs_at(self, temperature: float) -> Tensor:
         return self.log_probs_of(self.logits.detach() / temperature)
@@ -99,6 +103,8 @@ class World:
             response_ids=RESPONSES.flatten(),
             sample_rows=torch.arange(len(RESPONSES)).repeat_interleave(LENGTH),
             loss_mask=self.drawn,
+            finished=torch.ones(count, dtype=torch.bool),
+            thinking=torch.zeros(count, dtype=torch.bool),
             advantages=torch.zeros(count, dtype=torch.float64),
             rollout_log_probs=self.sampler.log()[ROWS, RESPONSES].flatten(),
             teacher_log_probs=Outputs.log_probs_of(self.teacher),
@@ -107,14 +113,9 @@ class World:
 
     def learned(self, **parts: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the expected gradient [prefixes, V] and the expected metrics of the objective."""
-        objective = Objective(
-            num_tokens=1,
-            num_samples=1,
-            mean_over_tokens=True,
-            eps_clip=0.2,
-            eps_clip_high=0.2,
-            **{"opd_kl_coef": COEF, "rollout_temperature": self.temperature, **parts},
-        )
+        mean = GlobalMean(num_tokens=1, num_samples=1, over_tokens=True)
+        signal = {"distillation": Distillation(coef=COEF, mean=mean)}
+        objective = Objective(mean=mean, **{**signal, "rollout_temperature": self.temperature, **parts})
         loss, metrics = objective(Outputs(self.student), self.batch())
         return torch.autograd.grad(loss, self.student)[0], metrics
 
@@ -172,7 +173,7 @@ def test_above_temperature_1_weights_are_bounded_and_below_they_are_not(temperat
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_kl_to_the_start_is_that_at_temperature_1(estimator: Any) -> None:
     world = World(0.8)
-    parts = {"opd_kl_coef": None, "kl_loss_coef": 0.3, "kl_loss_type": estimator}
+    parts = {"distillation": None, "kl_loss_coef": 0.3, "kl_loss_type": estimator}
     _, metrics = world.learned(tis_clip=(0.0, WIDE), **parts)
     log_ratio = world.reference.log_softmax(-1) - world.target.log()
     values = {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": log_ratio.exp() - 1 - log_ratio}

@@ -26,6 +26,31 @@ EXTRAS = (
     "--use-tis",
 )
 TOLERANCE = 2e-6
+TEACHER_TEXT = (
+    "--rm-url",
+    "http://127.0.0.1:1/generate",
+    "--loss-type",
+    "sft_loss",
+    "--sample-from",
+    "teacher",
+)
+HYBRID = ("--rm-type", "math", "--task-reward-weight", "0.5", "--opd-gate", "wrong")
+SIGNALS = {
+    "what follows, hybrid, wrong answers": (
+        *DISTILL,
+        *HYBRID,
+        "--opd-kl-discount",
+        "0.9",
+        "--opd-kl-clip",
+        "2",
+    ),
+    "top-k, right answers": (
+        *(*DISTILL, "--opd-loss", "topk", "--opd-top-k", "5", "--opd-divergence", "jsd"),
+        *("--opd-gate", "right"),
+    ),
+    "imitation": TEACHER_TEXT,
+}
+"""Beside the sampled signal of every other case; each is split over micro-batches and over ranks."""
 
 
 def job(
@@ -37,6 +62,11 @@ def job(
 
 def tokens(budget: int) -> tuple[str, ...]:
     return ("--use-dynamic-batch-size", "--max-tokens-per-gpu", str(budget))
+
+
+def signal_job(signal: str, reduction: str, split: tuple[str, ...]) -> Job:
+    drawn, bytes_by_hash = make_samples(8, top_k=5)
+    return Job((*SIGNALS[signal], *LINEAR_STEP, *REDUCTIONS[reduction], *split), drawn, bytes_by_hash)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +93,8 @@ def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     cases["one rank without samples"] = job("token mean", ONE_BATCH, samples=2)
     cases["one rank without samples"].samples[0].response_length = 0
     cases["one rank without samples"].samples[0].loss_mask = []
+    for signal in SIGNALS:
+        cases |= {f"{signal}, {each}": signal_job(signal, each, tokens(45)) for each in REDUCTIONS}
     outcomes = train_on_ranks(model, list(cases.values()), tmp_path_factory.mktemp("ranks"))
     return dict(zip(cases, outcomes, strict=True))
 
@@ -108,6 +140,17 @@ def test_ranks_do_not_change_the_gradient(
     for outcome in outcomes:
         assert_same(outcome, whole[reduction])
     assert outcomes[0].metrics == outcomes[1].metrics
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_no_signal_depends_on_the_split(
+    model: Path, two_ranks: dict[str, list[Outcome]], signal: str, reduction: str
+) -> None:
+    expected = train(model, signal_job(signal, reduction, ONE_BATCH))
+    assert_same(train(model, signal_job(signal, reduction, ("--micro-batch-size", "2"))), expected)
+    for outcome in two_ranks[f"{signal}, {reduction}"]:
+        assert_same(outcome, expected)
 
 
 def test_a_rank_without_pictures_stays_in_step(model: Path, two_ranks: dict[str, list[Outcome]]) -> None:

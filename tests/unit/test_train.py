@@ -173,3 +173,11 @@ def test_a_signal_is_an_exit_status(monkeypatch, capsys, number, status):
         for stop, handler in before.items():
             signal.signal(stop, handler)
     assert "has been ended" in capsys.readouterr().err
+
+
+def test_a_replay_without_its_files_ends_before_anything_starts(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(loop, "Tracker", None)
+    monkeypatch.setattr(loop, "listen", lambda: None)
+    flags = ("--hf-checkpoint", "no model", "--num-rollout", "2", "--rm-type", "math")
+    assert loop.main([*flags, "--load-debug-rollout-data", str(tmp_path)]) == 1
+    assert f"--load-debug-rollout-data {tmp_path} has none" in capsys.readouterr().err

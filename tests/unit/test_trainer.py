@@ -109,12 +109,65 @@ def test_group_advantages_leave_failed_samples_out() -> None:
 @pytest.mark.parametrize("flags", [(), ("--disable-grpo-std-normalization",)])
 def test_the_task_stream_keeps_its_weight_through_normalisation(flags: tuple[str, ...]) -> None:
     samples, pictures = make_samples(8, group_size=4)
+    for sample in samples:
+        sample.metadata["task_reward"] = sample.metadata["train_reward"]
     stream = ("--rm-type", "math", "--task-reward-weight")
     (light,) = shards(samples, pictures, *ONE_BATCH, *flags, *stream, "0.5")
     (heavy,) = shards(samples, pictures, *ONE_BATCH, *flags, *stream, "2")
     assert max(sample.advantages.abs().max() for sample in light.samples) > 0
     for one, other in zip(light.samples, heavy.samples, strict=True):
         torch.testing.assert_close(4 * one.advantages, other.advantages)
+
+
+@pytest.mark.parametrize(("gate", "kept"), [("wrong", False), ("right", True)])
+def test_a_gate_chooses_what_is_distilled_by_the_tasks_grade(gate: str, kept: bool) -> None:
+    samples, pictures = make_samples(8)
+    (shard,) = shards(samples, pictures, *ONE_BATCH, "--opd-gate", gate)
+    for sample in shard.samples:
+        solved = samples[sample.index].metadata["task_reward"] == 1
+        assert sample.distill_mask is not None
+        assert sample.distill_mask.equal(sample.loss_mask * (solved == kept))
+    (step,) = shard.steps
+    chosen = [sample for sample in samples if (sample.metadata["task_reward"] == 1) == kept]
+    assert step.num_distilled_samples == len(chosen) < step.num_samples
+    assert step.num_distilled_tokens == sum(sum(sample.loss_mask or []) for sample in chosen)
+    (whole,) = shards(samples, pictures, *ONE_BATCH)[0].steps
+    assert (whole.num_distilled_tokens, whole.num_distilled_samples) == (step.num_tokens, step.num_samples)
+
+
+def test_a_gate_needs_grades() -> None:
+    samples, pictures = make_samples(8)
+    del samples[5].metadata["task_reward"]
+    with pytest.raises(ValueError, match=r"sample 5 has no metadata\['task_reward'\].*--label-key"):
+        shards(samples, pictures, *ONE_BATCH, "--opd-gate", "wrong")
+
+
+def test_the_teachers_top_k_goes_along_where_it_is_asked_for() -> None:
+    samples, pictures = make_samples(4, top_k=3)
+    (shard,) = build_shards(args(*ONE_BATCH, "--opd-top-k", "3", samples=4), samples, pictures, 1, 0)
+    assert {"teacher_top_ids", "teacher_top_log_probs", "teacher_tail_mass"} <= shard.carried
+    (without,) = build_shards(args(*ONE_BATCH, samples=4), samples, pictures, 1, 0)
+    assert without.carried == {"rollout_log_probs", "teacher_log_probs"}
+    samples[1].teacher_top_ids = None
+    (for_metrics,) = build_shards(args(*ONE_BATCH, "--opd-top-k", "3", samples=4), samples, pictures, 1, 0)
+    assert for_metrics.carried == without.carried, "metrics alone do not end a run"
+    with pytest.raises(ValueError, match="sample 1 has no top-k of the teacher, and --opd-loss topk"):
+        build_shards(args(*ONE_BATCH, "--opd-loss", "topk", samples=4), samples, pictures, 1, 0)
+
+
+def test_what_the_teacher_wrote_it_has_scored() -> None:
+    samples, pictures = make_samples(4)
+    wrote = ("--loss-type", "sft_loss", "--sample-from", "teacher", "--rm-url", "http://h/generate")
+    flags = (*ONE_BATCH, *wrote)
+    (shard,) = build_shards(args(*flags, samples=4, distill=False), samples, pictures, 1, 0)
+    assert shard.carried == {"teacher_log_probs"}, "the student's engine has sampled nothing"
+    for sample in shard.samples:
+        assert sample.teacher_log_probs is not None
+        expected = torch.tensor(samples[sample.index].rollout_log_probs) * sample.loss_mask
+        torch.testing.assert_close(sample.teacher_log_probs, expected)
+    tempered = (*flags, "--rollout-temperature", "0.7")
+    (shard,) = build_shards(args(*tempered, samples=4, distill=False), samples, pictures, 1, 0)
+    assert shard.carried == set(), "scores at another temperature are not compared"
 
 
 def test_reinforce_plus_plus_discounts_and_whitens_over_the_batch() -> None:
@@ -151,7 +204,7 @@ def test_scores_of_masked_tokens_may_be_anything() -> None:
 def test_engine_log_probs_are_used_only_if_all_samples_have_them() -> None:
     samples, pictures = make_samples(8)
     samples[2].rollout_log_probs = None
-    assert all(sample.rollout_log_probs is None for sample in shards(samples, pictures)[0].samples)
+    assert shards(samples, pictures)[0].carried == {"teacher_log_probs"}
 
 
 @pytest.mark.parametrize("flags", [("--use-tis",), ("--rollout-temperature", "0.8")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime.losses.log_probs import chunked_log_probs
+from slime.losses.log_probs import chunked_log_probs, chunked_top_ids
 
 
 class ResponseOutputs:
@@ -44,6 +44,10 @@ class ResponseOutputs:
         return chunked_log_probs(cooled, self._head, self._ids[:, None], self._chunk_size, self._masked_ids)[
             0
         ][:, 0]
+
+    def top_ids(self, count: int) -> Tensor:
+        """Return the likeliest tokens of each position, [P, count], likeliest first, without gradient."""
+        return chunked_top_ids(self._hidden, self._head, count, self._chunk_size, self._masked_ids)
 
     def _pass(self) -> tuple[Tensor, Tensor]:
         """Run the LM head once for both log-probs and entropy."""

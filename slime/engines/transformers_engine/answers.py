@@ -92,8 +92,7 @@ class AnswerWriter:
     def _row(self, row: TopRow | None, job: Job) -> list[list[Any]] | None:
         if row is None:
             return None
-        values, ids = zip(*row, strict=True)
-        return self._triples(list(values), list(ids), job)
+        return self._triples(row.values.tolist(), row.ids.tolist(), job)
 
     def _top(
         self, side: str, rows: list[TopRow | None] | list[TopRow], job: Job, flat: bool
@@ -106,13 +105,13 @@ class AnswerWriter:
             f"{prefix}_shape": [len(present), job.logprobs.top],
             f"{prefix}_null_prefix": len(rows) - len(present),
         }
-        values = [value for row in present for value, _ in row]
-        ids = [id_ for row in present for _, id_ in row]
+        values = np.concatenate([row.values for row in present] or [np.empty(0)]).astype("<f4")
+        ids = np.concatenate([row.ids for row in present] or [np.empty(0)]).astype("<i4")
         if not job.logprobs.base64:
-            return {f"{prefix}_val_flat": values, f"{prefix}_idx_flat": ids} | shape
+            return {f"{prefix}_val_flat": values.tolist(), f"{prefix}_idx_flat": ids.tolist()} | shape
         return {
-            f"{prefix}_val_flat_b64": _base64(np.asarray(values, dtype="<f4")),
-            f"{prefix}_idx_flat_b64": _base64(np.asarray(ids, dtype="<i4")),
+            f"{prefix}_val_flat_b64": _base64(values),
+            f"{prefix}_idx_flat_b64": _base64(ids),
             f"{prefix}_val_flat_b64_dtype": "float32",
             f"{prefix}_idx_flat_b64_dtype": "int32",
         } | shape

@@ -5,13 +5,27 @@ A job is handed from the HTTP side to the model thread and back.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from slime.engines.transformers_engine.errors import RequestError
 from slime.engines.transformers_engine.prompt import Prompt
 from slime.engines.transformers_engine.sampling_params import SamplingParams
 
-TopRow = list[tuple[float, int]]
+
+class TopRow(NamedTuple):
+    """Some tokens of one position, as arrays: a rollout's scores hold millions of them."""
+
+    values: npt.NDArray[np.float32]
+    """[K], log-probs."""
+    ids: npt.NDArray[np.int32]
+    """[K]."""
+
+    def first(self, count: int) -> "TopRow":
+        """Return the first `count` of them."""
+        return TopRow(self.values[:count], self.ids[:count])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,13 +62,13 @@ def prompt_logprobs(model: EngineModel, hidden: Tensor, spans: Sequence[Span]) -
 def top_rows(log_probs: Tensor, count: int) -> list[TopRow]:
     """Return each row's `count` likeliest tokens of `[N, V]`, likeliest first."""
     values, ids = log_probs.topk(min(count, log_probs.shape[1]), dim=-1)
-    return [list(zip(*row, strict=True)) for row in zip(values.tolist(), ids.tolist(), strict=True)]
+    return [TopRow(*row) for row in zip(values.cpu().numpy(), ids.int().cpu().numpy(), strict=True)]
 
 
 def id_rows(log_probs: Tensor, ids: Sequence[int]) -> list[TopRow]:
     """Return the log-probs of `ids` in each row of `[N, V]`."""
-    values = log_probs[:, torch.tensor(ids, device=log_probs.device)].tolist()
-    return [list(zip(row, ids, strict=True)) for row in values]
+    values = log_probs[:, torch.tensor(ids, device=log_probs.device)].cpu().numpy()
+    return [TopRow(row, np.asarray(ids, np.int32)) for row in values]
 
 
 def _targets(span: Span) -> np.ndarray:
@@ -87,8 +87,10 @@ def _split(
         results.append(
             PositionLogprobs(
                 values=values[start:end],
-                top=[row[: options.top] for row in tops[start:end]] if options.top else [],
-                token_ids=[[row[place] for place in places] for row in chosen[start:end]] if places else [],
+                top=[row.first(options.top) for row in tops[start:end]] if options.top else [],
+                token_ids=[TopRow(row.values[places], row.ids[places]) for row in chosen[start:end]]
+                if places
+                else [],
             )
         )
         start = end

@@ -119,6 +119,74 @@ CONTRADICTIONS = {
         ("--tis-clip-low", "--tis-clip"),
     ),
     "bounds of no weights": ((*DISTIL, "--tis-clip", "3"), ("--tis-clip", "--use-tis")),
+    "top-k loss without top-k": (
+        (*DISTIL, "--opd-loss", "topk", "--opd-top-k", "0"),
+        ("--opd-loss topk", "--opd-top-k"),
+    ),
+    "a divergence of no use": ((*DISTIL, "--opd-divergence", "jsd"), ("--opd-divergence", "--opd-loss")),
+    "a clip of no use": (
+        (*DISTIL, "--opd-loss", "topk", "--opd-kl-clip", "1"),
+        ("--opd-kl-clip", "--opd-loss sampled"),
+    ),
+    "a discount of no use": (
+        (*DISTIL, "--opd-loss", "topk", "--opd-kl-discount", "1"),
+        ("--opd-kl-discount", "--opd-loss sampled"),
+    ),
+    "a mixture of no use": (
+        (*DISTIL, "--opd-loss", "topk", "--opd-jsd-beta", "0.2"),
+        ("--opd-jsd-beta", "--opd-divergence jsd"),
+    ),
+    "a mixture that is none": (
+        (*DISTIL, "--opd-loss", "topk", "--opd-divergence", "jsd", "--opd-jsd-beta", "1"),
+        ("--opd-jsd-beta is 1",),
+    ),
+    "an end without a schedule": (
+        (*DISTIL, "--opd-kl-coef-end", "0.1"),
+        ("--opd-kl-coef-end", "--opd-kl-coef-schedule"),
+    ),
+    "a gate without distillation": (
+        ("--rm-type", "math", "--opd-gate", "wrong"),
+        ("--opd-gate", "--use-opd"),
+    ),
+    "imitating oneself": (
+        ("--loss-type", "sft_loss", *URL),
+        ("--loss-type sft_loss", "--sample-from teacher"),
+    ),
+    "imitating and distilling": (
+        (*DISTIL, "--loss-type", "sft_loss", "--sample-from", "teacher"),
+        ("--loss-type sft_loss", "--use-opd"),
+    ),
+    "a teacher that writes without address": (
+        ("--loss-type", "sft_loss", "--sample-from", "teacher"),
+        ("--sample-from teacher", "--rm-url"),
+    ),
+    "several teachers that write": (
+        (*("--loss-type", "sft_loss", "--sample-from", "teacher"), "--opd-teachers", "a=http://h/generate"),
+        ("--sample-from teacher", "--opd-teachers"),
+    ),
+    "rewards for the teacher's text": (
+        (*URL, "--rm-type", "math", "--sample-from", "teacher"),
+        ("--sample-from teacher", "sft_loss", "--opd-loss topk"),
+    ),
+    "the sampled signal on the teacher's text": (
+        (*DISTIL, "--sample-from", "teacher"),
+        ("--sample-from teacher", "sft_loss", "--opd-loss topk"),
+    ),
+    "a hybrid of the teacher's text": (
+        (
+            *(*DISTIL, "--opd-loss", "topk", "--sample-from", "teacher"),
+            *("--rm-type", "math", "--task-reward-weight", "1"),
+        ),
+        ("--task-reward-weight", "--sample-from"),
+    ),
+    "weights for the teacher's text": (
+        (*DISTIL, "--opd-loss", "topk", "--sample-from", "teacher", "--use-tis"),
+        ("--use-tis", "teacher"),
+    ),
+    "a tempered rollout without weights": (
+        (*DISTIL, "--rollout-temperature", "0.7", "--no-use-tis"),
+        ("--rollout-temperature", "--use-tis"),
+    ),
     "deterministic sglang": (
         (*DISTIL, "--engine", "sglang", "--deterministic-rollout"),
         ("--deterministic-rollout", "--engine"),
@@ -134,6 +202,42 @@ CONTRADICTIONS = {
     "a file for a plugin": (
         (*DISTIL, "--custom-rm-path", "plugins/reward.py"),
         ("--custom-rm-path", "package.module"),
+    ),
+    "a strange placeholder": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{step}/{rollout_id}"),
+        ("--save-debug-rollout-data", "{step}", "{rollout_id}"),
+    ),
+    "a nameless placeholder": (
+        (*DISTIL, "--load-debug-rollout-data", "runs/{}.parquet"),
+        ("--load-debug-rollout-data", "{}", "{rollout_id}"),
+    ),
+    "a lone brace": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{rollout_id"),
+        ("--save-debug-rollout-data", "braces", "{rollout_id}"),
+    ),
+    "a format that is none": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{rollout_id:many}"),
+        ("--save-debug-rollout-data", "braces"),
+    ),
+    "a format that hides the number": (
+        (*DISTIL, "--save-debug-rollout-data", "runs/{rollout_id.real.imag}"),
+        ("--save-debug-rollout-data", "{rollout_id.real.imag}"),
+    ),
+    "one file for every rollout": (
+        (*DISTIL, "--save-debug-rollout-data", "rollout.parquet"),
+        ("--save-debug-rollout-data", "overwrite", "{rollout_id}"),
+    ),
+    "writing what is read": (
+        (*DISTIL, "--save-debug-rollout-data", "a", "--load-debug-rollout-data", "b"),
+        ("--save-debug-rollout-data", "--load-debug-rollout-data", "Drop one"),
+    ),
+    "a replay that is evaluated": (
+        (*DISTIL, "--load-debug-rollout-data", "a", "--eval-prompt-data", "a", "b"),
+        ("--eval-prompt-data", "--load-debug-rollout-data", "--load its checkpoint"),
+    ),
+    "a replay whose teacher is evaluated": (
+        (*DISTIL, "--load-debug-rollout-data", "a", "--eval-prompt-data", "a", "b", "--eval-teacher"),
+        ("--eval-teacher", "--load-debug-rollout-data"),
     ),
     "an engine url without scheme": (
         (*DISTIL, "--rollout-engine-urls", "localhost:1"),

@@ -122,13 +122,38 @@ def test_derived_defaults_follow_what_they_derive_from(parsed: Parse) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "weighted"),
-    [((), False), (("--use-tis",), True), (("--rollout-temperature", "0.8"), True)],
+    [
+        ((), False),
+        (("--use-tis",), True),
+        (("--rollout-temperature", "0.8"), True),
+        (("--global-batch-size", "64"), True),
+        (("--global-batch-size", "128"), False),
+        (("--global-batch-size", "64", "--no-use-tis"), False),
+        (("--opd-loss", "topk", "--sample-from", "teacher", "--global-batch-size", "64"), False),
+    ],
 )
 def test_importance_weights_are_on_where_they_are_needed(
     parsed: Parse, flags: tuple[str, ...], weighted: bool
 ) -> None:
     args = parsed(*flags)
     assert (args.use_tis, args.tis_clip, args.tis_clip_low) == (weighted, 2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "top_k"),
+    [((), 0), (("--opd-top-k", "8"), 8), (("--opd-loss", "topk"), 64)],
+)
+def test_the_teachers_top_k_is_asked_for_where_it_is_learned_from(
+    parsed: Parse, flags: tuple[str, ...], top_k: int
+) -> None:
+    assert parsed(*flags).opd_top_k == top_k
+
+
+def test_a_rule_is_one_of_ours_or_a_dotted_path(parsed: Parse, refusal: Callable[..., str]) -> None:
+    args = parsed("--rm-type", "my.rules.grade", "--eval-rm-type", "my.rules.other")
+    assert (args.rm_type, args.eval_rm_type) == ("my.rules.grade", "my.rules.other")
+    for wrong in ("mathe", "rules/grade.py"):
+        assert "math nor a dotted path" in refusal("--rm-type", wrong)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +222,25 @@ def test_words_without_a_flag_are_refused(refusal: Refuse) -> None:
 def test_missing_required_flags_are_all_named(refusal: Refuse) -> None:
     message = refusal("--lr", "1e-4", base=())
     assert all(flag in message for flag in ("--hf-checkpoint", "--prompt-data", "--num-rollout"))
+
+
+REPLAY = ("--hf-checkpoint", "m", "--num-rollout", "3", "--load-debug-rollout-data", "recorded")
+
+
+def test_a_replay_needs_neither_prompts_nor_a_teacher(refusal: Refuse) -> None:
+    args = parse_args([*REPLAY, "--use-opd", "--opd-type", "sglang"])
+    assert args.replays
+    assert (args.prompt_data, args.rm_url) == ("", None)
+    without = ("--hf-checkpoint", "m", "--num-rollout", "3", "--rm-type", "math")
+    assert "--prompt-data" in refusal(base=without)
+    with pytest.raises(ArgumentsError, match="--prompt-data"):
+        dataclasses.replace(args, load_debug_rollout_data=None)
+
+
+def test_where_rollouts_are_recorded_does_not_depend_on_the_process(parsed: Parse) -> None:
+    args = parsed("--save-debug-rollout-data", "runs/a/{rollout_id}.parquet")
+    assert args.save_debug_rollout_data == str(Path.cwd() / "runs/a/{rollout_id}.parquet")
+    assert not args.replays
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from slime.arguments import GROUPS, Args, format_args
+import pytest
+
+from slime.arguments import GROUPS, Args, format_args, parse_args
 from slime.arguments.flags import flags_of
+from slime.arguments.printing import without_credentials
 
 Parse = Callable[..., Args]
 
@@ -34,3 +37,28 @@ def test_secrets_in_urls_are_masked_in_every_output(parsed: Parse) -> None:
     assert "hunter2" not in format_args(args)
     assert "hunter2" not in json.dumps(args.as_dict())
     assert "head:6379" in format_args(args)
+
+
+def test_secrets_of_named_teachers_and_in_lists_are_masked() -> None:
+    args = parse_args(
+        [
+            *("--hf-checkpoint", "m", "--prompt-data", "d", "--num-rollout", "1", "--use-opd"),
+            *("--opd-type", "sglang", "--opd-teachers", "a=http://user:hunter2@host:1/generate"),
+            *("--engine", "sglang", "--sglang-foo-token", "hunter2", "hunter2"),
+        ]
+    )
+    assert "hunter2" not in json.dumps(args.as_dict())
+    assert args.as_dict()["opd_teachers"] == ["a=http://***@host:1/generate"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("the teacher at http://u:p@h:1/generate died", "the teacher at http://***@h:1/generate died"),
+        ("http://u:p@ss@h/x?key=1 and s3://a:b@c/d", "http://***@h/x?*** and s3://***@c/d"),
+        ("http://u:p?s@h/x", "http://***@h/x"),
+        ("a@b.org, 3:4, C://x", "a@b.org, 3:4, C://x"),
+    ],
+)
+def test_credentials_are_masked_wherever_a_url_stands(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown

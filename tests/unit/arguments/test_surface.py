@@ -66,6 +66,8 @@ SLIME_FLAGS = {
     "--system-prompt",
     "--seed",
     "--calculate-per-token-loss",
+    "--save-debug-rollout-data",
+    "--load-debug-rollout-data",
     "--custom-reward-function",
     "--custom-post-process-rewards",
     "--tensor-model-parallel-size",

@@ -80,6 +80,7 @@ def test_a_shards_pictures_are_processed_once(processor: Any) -> None:
     calls = 0
 
     class Counting:
+        tokenizer = processor.tokenizer
         image_token_id, merge_size = processor.image_token_id, processor.merge_size
 
         @staticmethod

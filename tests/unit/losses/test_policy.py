@@ -53,7 +53,8 @@ def test_distillation_sends_no_gradient_through_the_advantage() -> None:
     gap = reverse_kl(log_probs, torch.tensor([-3.0]))
     assert gap.tolist() == [2.0]
     assert not gap.requires_grad
-    assert distillation_advantages(torch.tensor([1.0]), gap, 0.5).tolist() == [0.0]
+    mask, rows = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    assert distillation_advantages(gap, 0.5, loss_mask=mask, sample_rows=rows).tolist() == [-1.0]
 
 
 def test_distillation_names_both_lengths() -> None:

@@ -15,7 +15,13 @@ FULL = [
     {"rollout_id": 0, "step": 0, "teacher_eval/accuracy": 1.0},
     {"rollout_id": 0, "step": 0, "eval/accuracy": 0.31},
     *(
-        {"rollout_id": i, "step": i + 1, "opd_reverse_kl": 0.5 / (i + 1), "reward": 0.3 + 0.03 * i}
+        {
+            "rollout_id": i,
+            "step": i + 1,
+            "opd_reverse_kl": 0.5 / (i + 1),
+            "reward": 0.3 + 0.03 * i,
+            "signal/thinking_kl": 0.1,
+        }
         for i in range(20)
     ),
     {"rollout_id": 20, "step": 20, "eval/accuracy": 0.95},
@@ -27,12 +33,12 @@ def _colours(path: Path) -> set[Any]:
         return {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
 
 
-@pytest.mark.parametrize("records", [FULL, FULL[1:2], []], ids=["all", "no teacher", "nothing"])
-def test_a_png_is_drawn(records, tmp_path):
+@pytest.mark.parametrize(("records", "width"), [(FULL, 1800), (FULL[1:2], 600), ([], 600)])
+def test_a_png_is_drawn(records, width, tmp_path):
     path = draw_curves(records, tmp_path)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert image.size == (1200, 480)
+        assert image.size == (width, 480)
 
 
 def test_the_teachers_line_is_there_only_with_a_teacher(tmp_path):

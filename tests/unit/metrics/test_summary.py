@@ -57,6 +57,10 @@ def test_a_run_without_a_teacher_has_no_lines_about_one(summary):
     assert {"0.310", "0.950", "fsdp,"} <= set(table.split())
 
 
+def test_the_teachers_tokens_are_not_called_the_students(summary):
+    assert "teacher tokens" in render_table(dataclasses.replace(summary, written_by="teacher"))
+
+
 def test_the_json_has_the_promised_keys(summary, tmp_path):
     written = json.loads(write_summary(summary, tmp_path).read_text())
     assert list(written) == [
@@ -69,5 +73,7 @@ def test_the_json_has_the_promised_keys(summary, tmp_path):
         "wall_seconds",
         "backend",
         "engine",
+        "written_by",
+        "signal",
     ]
     assert written["student_tokens"] == 123456

@@ -29,6 +29,7 @@ class _Args:
     rollout_num_gpus: int | None = None
     rollout_num_gpus_per_engine: int = 1
     rollout_engine_urls: tuple[str, ...] = ()
+    replays: bool = False
     engine: str = "transformers"
 
 

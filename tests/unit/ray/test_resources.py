@@ -16,6 +16,7 @@ class _Args:
     rollout_num_gpus: int | None = None
     rollout_num_gpus_per_engine: int = 1
     rollout_engine_urls: tuple[str, ...] = ()
+    replays: bool = False
     engine: str = "sglang"
 
     @property
@@ -55,6 +56,12 @@ def test_engines_elsewhere_leave_all_gpus_to_training():
     plan = plan_resources(_Args(actor_num_gpus_per_node=4, rollout_engine_urls=("http://h:1",)), 4)
     assert (plan.num_ranks, plan.num_engines) == (4, 0)
     assert plan_resources(_Args(rollout_engine_urls=("http://h:1",)), 0).num_engines == 0
+
+
+def test_a_replay_has_no_engine_and_leaves_all_gpus_to_training():
+    plan = plan_resources(_Args(actor_num_gpus_per_node=4, rollout_num_gpus=4, replays=True), 4)
+    assert (plan.num_ranks, plan.gpus_per_rank, plan.num_engines) == (4, 1, 0)
+    assert plan_resources(_Args(replays=True), 0).num_engines == 0
 
 
 @pytest.mark.parametrize(

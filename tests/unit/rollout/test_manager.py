@@ -46,6 +46,22 @@ def make(folder: Path, student: FakeEngine, teacher: FakeEngine, *flags: str) ->
     return RolloutManager(args, [student.url])
 
 
+def test_the_teacher_may_write_the_responses(tmp_path: Path, student: FakeEngine) -> None:
+    with serve(fake_engine(responses=[[11, 12, 2]], texts=["\\boxed{4}"])) as teacher:
+        data = str(write_prompts(tmp_path))
+        flags = ("--loss-type", "sft_loss", "--sample-from", "teacher")
+        args = rollout_args(*flags, data=data, rm_url=teacher.url + "/generate", distill=False)
+        manager = RolloutManager(args, [student.url])
+        try:
+            batch = manager.generate(0)
+        finally:
+            manager.close()
+    assert [sample.response_tokens for sample in batch.samples] == [[11, 12, 2]] * 6
+    assert all(sample.reward == 1.0 and sample.teacher_log_probs is None for sample in batch.samples)
+    assert not student.bodies("/generate")
+    assert len(teacher.bodies("/generate")) == 6, "nothing is scored"
+
+
 def test_a_rollout_is_answered_scored_and_graded(
     manager: RolloutManager, student: FakeEngine, teacher: FakeEngine
 ) -> None:

@@ -60,8 +60,9 @@ async def test_the_task_stream_is_the_unweighted_grade(monkeypatch: pytest.Monke
     flags = ("--rm-type", "math", "--task-reward-weight", "0.5")
     right, wrong = answered_sample(), answered_sample(1, label="5")
     await judged(rewards(monkeypatch, *flags), right, wrong)
-    assert [sample.metadata["train_reward"] for sample in (right, wrong)] == [1.0, 0.0]
-    assert [sample.metadata["raw_reward"] for sample in (right, wrong)] == [0.0, 0.0]
+    assert [sample.reward for sample in (right, wrong)] == [1.0, 0.0]
+    assert [sample.metadata["task_reward"] for sample in (right, wrong)] == [1.0, 0.0]
+    assert [sample.metadata["train_reward"] for sample in (right, wrong)] == [0.0, 0.0], "the plugin's own"
 
 
 async def test_a_hybrid_plugin_returns_its_own_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ async def test_a_failed_sample_is_masked_and_asks_nobody(
 async def test_without_distillation_the_rule_is_the_reward() -> None:
     args = _grpo_args("--rm-type", "math")
     (sample,) = await judged(Rewards(args, facts()), answered_sample())
-    assert (sample.reward, sample.metadata["train_reward"]) == (1.0, 1.0)
+    assert sample.reward == sample.metadata["task_reward"] == sample.metadata["raw_reward"] == 1.0
     assert sample.teacher_log_probs is None
 
 

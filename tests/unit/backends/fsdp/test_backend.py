@@ -237,6 +237,6 @@ def test_the_trainer_names_the_rollout(vision_model: Path, monkeypatch: pytest.M
     shard = build_shards(args, samples, pictures, 1, 7)[0]
     with joined(args) as backend:
         trainer = Trainer(args, backend, load_processor(vision_model))
-        monkeypatch.setattr(trainer, "_objective", lambda plan: nan_in_second)
+        monkeypatch.setattr(trainer, "_objective", lambda plan, coef: nan_in_second)
         with pytest.raises(NonFiniteError, match=r"rollout 7, optimizer step 0: .*micro-batch 0"):
             trainer.train(7, shard)

@@ -220,7 +220,7 @@ def test_alternatives_cover_prompt_and_output():
     run(make_stepper(), [job])
     length = len(TEXT_PROMPT)
     assert len(prompt_side(job).top) == len(prompt_side(job).token_ids) == length - 3
-    assert [row[0][1] for row in job.output.top] == job.output_ids
-    assert [[id_ for _, id_ in row] for row in job.output.token_ids] == [[7, 2]] * 4
+    assert [row.ids[0] for row in job.output.top] == job.output_ids
+    assert [row.ids.tolist() for row in job.output.token_ids] == [[7, 2]] * 4
     for row, value in zip(job.output.top, job.output.values, strict=True):
-        assert row[0][0] == pytest.approx(value)
+        assert row.values[0] == pytest.approx(value)
