@@ -41,6 +41,6 @@ def close_run(args: Args, tracker: Tracker, state: RunState, wall_seconds: float
     ]
     if summary.signal:
         tracker.say(render_signal(summary.signal))
-    tracker.say(render_table(summary))
+    tracker.say(render_table(summary, with_teacher=args.use_opd or bool(args.teacher_urls)))
     tracker.say(f"{output_dir}: {', '.join(written)}")
     return summary

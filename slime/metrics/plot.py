@@ -1,4 +1,4 @@
-"""The run as a picture: accuracy against the teacher's, and the reverse KL that was closed."""
+"""The run as a picture: accuracy, and of a distillation the teacher's and the reverse KL that was closed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ PARTS = {"thinking": "#1f5fa8", "answer": "#3a9d6e", "first_token": "#8e6bb0", "
 
 
 def draw_curves(records: Sequence[dict[str, float]], output_dir: Path) -> Path:
-    """Draw accuracy, reverse KL and where it is, over the rollouts, into a PNG; return its path."""
+    """Draw accuracy and, of a distillation, reverse KL and where it is, over the rollouts, into a PNG.
+
+    Return its path.
+    """
+    panels = [_draw_accuracy]
+    if any("opd_reverse_kl" in record for record in records):
+        panels += [_draw_divergence, _draw_anatomy]
     # The canvas is named outright: pyplot would keep the figure and look for a display.
-    figure = Figure(figsize=(15, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5 * len(panels), 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, divergence, anatomy = figure.subplots(1, 3)
-    _draw_accuracy(accuracy, records)
-    _draw_divergence(divergence, records)
-    _draw_anatomy(anatomy, records)
-    for axes in (accuracy, divergence, anatomy):
+    for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        draw(axes, records)
         axes.set_xlabel("rollouts")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)

@@ -38,15 +38,15 @@ def gap_closed(before: float | None, after: float | None, teacher: float | None)
     return (after - before) / (teacher - before)
 
 
-def render_table(summary: Summary) -> str:
-    """Return the closing table as text."""
+def render_table(summary: Summary, *, with_teacher: bool = True) -> str:
+    """Return the closing table as text; a run without a teacher has no lines about one."""
     minutes, seconds = divmod(round(summary.wall_seconds), 60)
     share = "not given" if summary.gap_closed is None else f"{summary.gap_closed:.0%}"
+    teacher = [("teacher", _accuracy(summary.teacher)), ("gap closed", share)]
     rows = [
         ("student before", _accuracy(summary.student_before)),
         ("student after", _accuracy(summary.student_after)),
-        ("teacher", _accuracy(summary.teacher)),
-        ("gap closed", share),
+        *(teacher if with_teacher else []),
         ("rollouts", str(summary.rollouts)),
         (f"{summary.written_by} tokens", f"{summary.student_tokens:,}"),
         ("wall time", f"{minutes} min {seconds:02d} s"),

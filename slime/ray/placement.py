@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Engine = Literal["sglang", "transformers"]
+TeacherSite = Literal["here", "elsewhere", "none"]
+"""Where the teacher is served: on this machine, on another one, or nowhere (the task's reward alone)."""
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 """What the heads of the Qwen3-VL models can be divided by."""
@@ -30,9 +32,9 @@ class Placement:
 
     num_gpus: int
     teacher_gpus: tuple[str, ...]
-    """Outside Ray's share. Empty on a CPU and where the teacher runs elsewhere."""
+    """Outside Ray's share. Empty on a CPU and where no teacher runs here."""
     teacher_engine: Engine
-    external_teacher: bool
+    teacher_site: TeacherSite
     actor_gpus: tuple[str, ...]
     """One training rank each. On a CPU there is one rank all the same."""
     rollout_gpus: tuple[str, ...]
@@ -70,16 +72,16 @@ class Placement:
     def describe(self) -> str:
         """Return the split as a few lines for people."""
         if self.num_gpus == 0:
-            teacher = "a server elsewhere" if self.external_teacher else f"one {self.teacher_engine} server"
-            return (
-                f"No GPU: everything runs on the CPU.\n"
-                f"  teacher   {teacher}\n"
-                f"  student   one training rank, one {self.engine} engine"
-            )
+            lines = ["No GPU: everything runs on the CPU."]
+            if self.teacher_site != "none":
+                elsewhere = self.teacher_site == "elsewhere"
+                teacher = "a server elsewhere" if elsewhere else f"one {self.teacher_engine} server"
+                lines.append(f"  teacher   {teacher}")
+            return "\n".join([*lines, f"  student   one training rank, one {self.engine} engine"])
         lines = [f"{self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''}:"]
-        if self.external_teacher:
+        if self.teacher_site == "elsewhere":
             lines.append("  teacher   a server elsewhere; all GPUs here are the student's")
-        else:
+        elif self.teacher_site == "here":
             lines.append(
                 f"  teacher   {_listed(self.teacher_gpus)}: {self.teacher_engine}, --tp {self.teacher_tp}"
             )
@@ -93,8 +95,6 @@ class Placement:
             )
         if self.idle_gpus:
             lines.append(f"  idle      {_listed(self.idle_gpus)}")
-        if self.small_models:
-            lines.append("  All share the one GPU: by default a 2B student and a 4B teacher.")
         return "\n".join(lines)
 
     def shell_variables(self) -> dict[str, str]:
@@ -122,15 +122,16 @@ def plan_placement(
     *,
     num_gpus_teacher: int | None = None,
     num_gpus_student: int | None = None,
-    external_teacher: bool = False,
+    teacher_site: TeacherSite = "here",
     gpus_per_engine: int = 1,
     engine: Engine | None = None,
     gpu_ids: Sequence[str] | None = None,
 ) -> Placement:
     """Split `num_gpus` GPUs between the teacher, the student's training and the student's generation.
 
-    Half of the GPUs (a tensor parallel size, at most 8) are the teacher's, from the first one on; of the rest
-    half train and half generate. `gpu_ids` names the GPUs of the machine, by default 0, 1, 2, …
+    Half of the GPUs (a tensor parallel size, at most 8) are those of a teacher served here, from the first
+    one on; of the rest half train and half generate. `gpu_ids` names the GPUs of the machine, by default
+    0, 1, 2, …
 
     Raises:
         PlacementError: the numbers do not fit together.
@@ -145,18 +146,21 @@ def plan_placement(
         )
     ids = ids[:num_gpus]
     if num_gpus == 0:
-        return _on_cpu(num_gpus_teacher, num_gpus_student, external_teacher, engine)
-    teacher, student = _split(num_gpus, num_gpus_teacher, num_gpus_student, external_teacher)
+        return _on_cpu(num_gpus_teacher, num_gpus_student, teacher_site, engine)
+    teacher, student = _split(num_gpus, num_gpus_teacher, num_gpus_student, teacher_site)
     student_start = 0 if teacher + student > num_gpus else teacher
     student_ids = ids[student_start : student_start + student]
-    actor_ids, rollout_ids, student_engine = _divide_student(student_ids, gpus_per_engine, engine)
-    alone = num_gpus == 1 and not external_teacher
+    student_variable = "SLIME_SCRIPT_NUM_GPUS" + ("" if teacher_site == "none" else "_STUDENT")
+    actor_ids, rollout_ids, student_engine = _divide_student(
+        student_ids, gpus_per_engine, engine, student_variable
+    )
+    alone = num_gpus == 1 and teacher_site == "here"
     return Placement(
         num_gpus=num_gpus,
         teacher_gpus=ids[:teacher],
         # SGLang reserves most of a GPU's memory; on the one shared GPU the light engine leaves room.
         teacher_engine="transformers" if alone else "sglang",
-        external_teacher=external_teacher,
+        teacher_site=teacher_site,
         actor_gpus=actor_ids,
         rollout_gpus=rollout_ids,
         gpus_per_engine=gpus_per_engine,
@@ -166,7 +170,7 @@ def plan_placement(
 
 
 def _on_cpu(
-    teacher: int | None, student: int | None, external_teacher: bool, engine: Engine | None
+    teacher: int | None, student: int | None, teacher_site: TeacherSite, engine: Engine | None
 ) -> Placement:
     for name, value in (("TEACHER", teacher), ("STUDENT", student)):
         if value:
@@ -177,7 +181,7 @@ def _on_cpu(
         num_gpus=0,
         teacher_gpus=(),
         teacher_engine=engine or "transformers",
-        external_teacher=external_teacher,
+        teacher_site=teacher_site,
         actor_gpus=(),
         rollout_gpus=(),
         gpus_per_engine=1,
@@ -186,10 +190,14 @@ def _on_cpu(
 
 
 def _split(
-    num_gpus: int, teacher: int | None, student: int | None, external_teacher: bool
+    num_gpus: int, teacher: int | None, student: int | None, teacher_site: TeacherSite
 ) -> tuple[int, int]:
     """Return how many GPUs teacher and student get; only one shared GPU counts for both."""
-    if external_teacher:
+    if teacher_site == "none" and teacher:
+        raise PlacementError(
+            f"SLIME_SCRIPT_NUM_GPUS_TEACHER is {teacher} and this run has no teacher; unset it."
+        )
+    if teacher_site != "here":
         if teacher:
             raise PlacementError(
                 f"SLIME_SCRIPT_NUM_GPUS_TEACHER is {teacher} and SLIME_SCRIPT_TEACHER_URL names a teacher "
@@ -202,8 +210,8 @@ def _split(
         room = num_gpus // 2 if student is None else num_gpus - student
         teacher = max((size for size in TENSOR_PARALLEL_SIZES if size <= room), default=0)
     student = num_gpus - teacher if student is None else student
-    shared = num_gpus == 1 and not external_teacher
-    if not external_teacher and teacher not in TENSOR_PARALLEL_SIZES:
+    shared = num_gpus == 1 and teacher_site == "here"
+    if teacher_site == "here" and teacher not in TENSOR_PARALLEL_SIZES:
         raise PlacementError(
             f"The teacher would get {teacher} of {num_gpus} GPUs, and its tensor parallel size must be one "
             f"of {_TP_TEXT}; set SLIME_SCRIPT_NUM_GPUS_TEACHER to one of these (and "
@@ -220,9 +228,12 @@ def _split(
 
 
 def _divide_student(
-    ids: tuple[str, ...], gpus_per_engine: int, engine: Engine | None
+    ids: tuple[str, ...], gpus_per_engine: int, engine: Engine | None, variable: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], Engine]:
-    """Return the GPUs that train, those that generate, and the engine that generates."""
+    """Return the GPUs that train, those that generate, and the engine that generates.
+
+    `variable` is what users change to give the student more or fewer.
+    """
     if gpus_per_engine not in TENSOR_PARALLEL_SIZES:
         raise PlacementError(
             f"--rollout-num-gpus-per-engine is {gpus_per_engine}; it must be one of {_TP_TEXT}."
@@ -244,7 +255,7 @@ def _divide_student(
     if len(rollout_ids) % gpus_per_engine:
         raise PlacementError(
             f"--rollout-num-gpus-per-engine is {gpus_per_engine} and {len(rollout_ids)} GPUs generate, which "
-            "it does not divide; change it or SLIME_SCRIPT_NUM_GPUS_STUDENT."
+            f"it does not divide; change it or {variable}."
         )
     return actor_ids, rollout_ids, engine or "sglang"
 
@@ -266,7 +277,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu-ids", help="comma-separated visible GPUs, as in CUDA_VISIBLE_DEVICES")
     parser.add_argument("--num-gpus-teacher", type=int)
     parser.add_argument("--num-gpus-student", type=int)
-    parser.add_argument("--external-teacher", action="store_true", help="the teacher runs elsewhere")
+    parser.add_argument(
+        "--teacher", choices=("here", "elsewhere", "none"), default="here", help="where the teacher is served"
+    )
     parser.add_argument("--rollout-num-gpus-per-engine", type=int, default=1)
     parser.add_argument("--engine", choices=("sglang", "transformers"))
     parser.add_argument("--shell", action="store_true", help="print shell assignments instead of sentences")
@@ -285,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             len(gpu_ids or ()) if options.num_gpus is None else options.num_gpus,
             num_gpus_teacher=options.num_gpus_teacher,
             num_gpus_student=options.num_gpus_student,
-            external_teacher=options.external_teacher,
+            teacher_site=options.teacher,
             gpus_per_engine=options.rollout_num_gpus_per_engine,
             engine=options.engine,
             gpu_ids=gpu_ids,

@@ -1,4 +1,5 @@
-"""The embedded default of a run without a GPU: a generated geometry set and tiny Qwen3-VL checkpoints."""
+"""The embedded default of a run without a GPU: generated problems, with pictures and in words, and tiny
+Qwen3-VL and Qwen3 checkpoints."""
 
 from slime.tiny.paths import CHECKPOINTS, checkpoint_path, ensure_dataset
 

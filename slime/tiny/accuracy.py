@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers import Qwen3VLForConditionalGeneration
 
 from slime.tiny.examples import Encoder
-from slime.tiny.geometry import Problem
+from slime.tiny.model import TinyModel
+from slime.tiny.problems import Problem
 
 MAX_NEW_TOKENS = 64
 """The longest solution has fewer; what has not ended by then is cut, and wrong."""
@@ -20,7 +20,7 @@ _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def greedy_accuracy(
-    model: Qwen3VLForConditionalGeneration,
+    model: TinyModel,
     encoder: Encoder,
     rows: Sequence[Problem],
     *,
@@ -34,7 +34,9 @@ def greedy_accuracy(
     right = 0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        images = [Image.new("RGB", row.image.size, "white") if blank else row.image for row in part]
+        images = [row.image for row in part if row.image is not None]
+        if blank:
+            images = [Image.new("RGB", image.size, "white") for image in images]
         responses = respond(model, encoder, [row.text for row in part], images)
         right += sum(boxed_answer(text) == row.answer for text, row in zip(responses, part, strict=True))
     return right / len(rows)
@@ -42,10 +44,7 @@ def greedy_accuracy(
 
 @torch.no_grad()
 def respond(
-    model: Qwen3VLForConditionalGeneration,
-    encoder: Encoder,
-    texts: Sequence[str],
-    images: Sequence[Image.Image],
+    model: TinyModel, encoder: Encoder, texts: Sequence[str], images: Sequence[Image.Image] = ()
 ) -> list[str]:
     """Answer greedily; a response keeps its end token if it got that far."""
     inputs = encoder.prompts(texts, images).inputs

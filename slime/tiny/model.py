@@ -1,17 +1,20 @@
-"""Makes a tiny Qwen3-VL of 0.3 M parameters and writes it as a complete Hugging Face folder.
+"""Makes a tiny Qwen3-VL of 0.27 M parameters, or its text half alone as a Qwen3 of 0.06 M, and writes it as a
+complete Hugging Face folder.
 
-The folder loads in transformers and in SGLang like any Qwen3-VL checkpoint.
+The folder loads in transformers and in SGLang like any checkpoint of its kind.
 """
 
 import copy
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -36,30 +39,17 @@ _PIXELS: Final = {
     "processor_class": "Qwen3VLProcessor",
 }
 
+TinyModel = Qwen3VLForConditionalGeneration | Qwen3ForCausalLM
+
 
 def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
     """Describe the model: two text layers, two vision layers, one deepstack tap, tied embeddings."""
     ids = tokenizer.get_vocab()
-    text = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": MAX_LENGTH,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [4, 2, 2],
-        },
-        "initializer_range": INITIALIZER_RANGE,
-        "tie_word_embeddings": True,
-        "bos_token_id": ids[PAD],
-        "eos_token_id": ids[END],
-        "pad_token_id": ids[PAD],
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_interleaved": True,
+        "mrope_section": [4, 2, 2],
     }
     vision = {
         "depth": 2,
@@ -75,7 +65,7 @@ def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
         "initializer_range": INITIALIZER_RANGE,
     }
     return Qwen3VLConfig(
-        text_config=text,
+        text_config=_text_settings(tokenizer, rope),
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -85,25 +75,62 @@ def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
     )
 
 
-def build_model(seed: int) -> Qwen3VLForConditionalGeneration:
-    """Make a model with random float32 weights."""
+def build_text_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """Describe the model without vision: the same two text layers."""
+    return Qwen3Config(**_text_settings(tokenizer, {"rope_type": "default", "rope_theta": 10000.0}))
+
+
+def _text_settings(tokenizer: PreTrainedTokenizerBase, rope: dict[str, Any]) -> dict[str, Any]:
+    ids = tokenizer.get_vocab()
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": MAX_LENGTH,
+        "rope_parameters": rope,
+        "initializer_range": INITIALIZER_RANGE,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids[PAD],
+        "eos_token_id": ids[END],
+        "pad_token_id": ids[PAD],
+    }
+
+
+def build_model(seed: int, *, sees: bool = True) -> TinyModel:
+    """Make a model with random float32 weights, with or without vision."""
     torch.manual_seed(seed)
-    return Qwen3VLForConditionalGeneration(build_config(build_tokenizer())).float()
+    tokenizer = build_tokenizer()
+    if sees:
+        return Qwen3VLForConditionalGeneration(build_config(tokenizer)).float()
+    return Qwen3ForCausalLM(build_text_config(tokenizer)).float()
 
 
-def save_processor(directory: Path) -> None:
-    """Write tokenizer, chat template and the pixel settings."""
+def load_model(directory: Path) -> TinyModel:
+    """Load a folder for inference in float32."""
+    sees = (directory / "preprocessor_config.json").is_file()
+    kind = Qwen3VLForConditionalGeneration if sees else Qwen3ForCausalLM
+    return kind.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def save_processor(directory: Path, *, sees: bool = True) -> None:
+    """Write tokenizer, chat template and, for a model that sees, the pixel settings."""
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(directory)
+    if not sees:
+        return
     image = _PIXELS | {"image_processor_type": "Qwen2VLImageProcessorFast"}
     video = _PIXELS | {"video_processor_type": "Qwen3VLVideoProcessor"}
     for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
         (directory / name).write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def save_checkpoint(model: Qwen3VLForConditionalGeneration, directory: Path) -> None:
+def save_checkpoint(model: TinyModel, directory: Path) -> None:
     """Write the whole folder, weights in bfloat16; `model` is left as it is."""
-    save_processor(directory)
+    save_processor(directory, sees=isinstance(model, Qwen3VLForConditionalGeneration))
     ids = build_tokenizer().get_vocab()
     rounded = copy.deepcopy(model).bfloat16()
     rounded.generation_config = GenerationConfig(

@@ -11,10 +11,10 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slime.tiny.geometry import SPLIT_SIZES, write_splits
-from slime.tiny.geometry import stamp as current_stamp
+from slime.tiny.geometry import GEOMETRY
+from slime.tiny.problems import SPLIT_SIZES, ProblemSet
 
-CHECKPOINTS: Final = ("teacher", "student", "weak")
+CHECKPOINTS: Final = ("teacher", "student", "weak", "text_teacher", "text_student")
 _SHIPPED: Final = Path(__file__).parent / "checkpoints"
 
 
@@ -31,27 +31,27 @@ def checkpoint_path(name: str) -> Path:
     return path
 
 
-def ensure_dataset(directory: str | os.PathLike[str]) -> dict[str, Path]:
+def ensure_dataset(directory: str | os.PathLike[str], problems: ProblemSet = GEOMETRY) -> dict[str, Path]:
     """Return the parquet file of each split (train, validation, test); write them where they are not current.
 
     Several processes may call this at once: each file appears whole, by a rename.
     """
     directory = Path(directory)
     paths = {split: directory / f"{split}.parquet" for split in SPLIT_SIZES}
-    if not all(_is_current(path) for path in paths.values()):
+    if not all(_stamp(path) == problems.stamp() for path in paths.values()):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            for split, written in write_splits(Path(scratch)).items():
+            for split, written in problems.write_splits(Path(scratch)).items():
                 written.replace(paths[split])
     return paths
 
 
-def _is_current(path: Path) -> bool:
-    """Tell whether a file was written by this version of the generator with its default seed."""
+def _stamp(path: Path) -> str | None:
+    """Return which generator wrote a file, with which seed; None where none of ours did."""
     if not path.is_file():
-        return False
+        return None
     try:
-        metadata = pq.read_schema(path).metadata
+        metadata = pq.read_schema(path).metadata or {}
     except pa.ArrowInvalid:
-        return False
-    return (metadata or {}).get(b"slime.tiny") == current_stamp().encode()
+        return None
+    return metadata.get(b"slime.tiny", b"").decode() or None

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Qwen3VLForConditionalGeneration
 
 from slime.tiny.accuracy import greedy_accuracy
 from slime.tiny.examples import Encoder
-from slime.tiny.geometry import Problem, problems, solve
-from slime.tiny.model import build_model
+from slime.tiny.geometry import GEOMETRY
+from slime.tiny.kinds import solve
+from slime.tiny.model import TinyModel, build_model
+from slime.tiny.problems import Problem, ProblemSet
 from slime.tiny.slips import Segment, response_with_slip
 
 
@@ -29,6 +29,8 @@ class Settings:
 
     seed: int
     steps: int
+    problems: ProblemSet = GEOMETRY
+    """What it is trained on; a set with pictures makes a model that sees."""
     learning_rate: float = 2e-3
     """The peak; reached after `warmup` steps, then a cosine to zero."""
     warmup: int = 50
@@ -51,18 +53,19 @@ def pretrain(
     held_out: Sequence[Problem],
     validation: Sequence[Problem],
     name: str,
-) -> Qwen3VLForConditionalGeneration:
+) -> TinyModel:
     """Train a model; RuntimeError when no check met `stop_within`.
 
-    No picture of `held_out` is trained on. Without `stop_within` the weights of the best check are returned,
-    the latest of equals; of a forgetful model the last, since its accuracy falls as its habit settles.
+    No picture or question of `held_out` is trained on. Without `stop_within` the weights of the best check
+    are returned, the latest of equals; of a forgetful model the last, since its accuracy falls as its habit
+    settles.
     """
-    model = build_model(settings.seed)
+    model = build_model(settings.seed, sees=settings.problems.pictured)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, settings))
-    stream = _written_solutions(settings, {problem.picture_hash for problem in held_out})
+    stream = _written_solutions(settings, {problem.key for problem in held_out})
     best, best_state = -1.0, dict[str, Tensor]()
     with tqdm(total=settings.steps, desc=name, unit="step") as bar:
         for step in range(1, settings.steps + 1):
@@ -88,14 +91,15 @@ def pretrain(
 
 
 def _train_step(
-    model: Qwen3VLForConditionalGeneration,
+    model: TinyModel,
     optimizer: torch.optim.Optimizer,
     encoder: Encoder,
-    rows: Sequence[tuple[str, Image.Image, list[Segment]]],
+    rows: Sequence[tuple[Problem, list[Segment]]],
 ) -> float:
-    """Take one optimizer step on (problem, picture, solution) rows; return the loss."""
-    texts, images, solutions = zip(*rows, strict=True)
-    batch = encoder.examples(texts, images, solutions)
+    """Take one optimizer step on problems with their solutions; return the loss."""
+    problems, solutions = zip(*rows, strict=True)
+    images = [problem.image for problem in problems if problem.image is not None]
+    batch = encoder.examples([problem.text for problem in problems], images, solutions)
     loss = model.train()(**batch.inputs, labels=batch.labels).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,17 +116,16 @@ def _cosine(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _written_solutions(
-    settings: Settings, held_out: set[str]
-) -> Iterator[tuple[str, Image.Image, list[Segment]]]:
+def _written_solutions(settings: Settings, held_out: set[str]) -> Iterator[tuple[Problem, list[Segment]]]:
+    """Yield problems whose keys are not held out, each with a solution as the settings want it."""
     rng = random.Random(settings.seed)
     learned_before = settings.forgetful_from * settings.batch_size
-    for row, problem in enumerate(problems(rng, set(held_out))):
+    for row, problem in enumerate(settings.problems.stream(rng, set(held_out))):
         forget, slip = rng.random() < settings.forgetful, rng.random() < settings.slips
         forget = forget and row >= learned_before
-        numbers = problem.figure.across, problem.figure.up
         if slip:
             response = response_with_slip(rng, problem)
         else:
-            response = [Segment(solve(problem.kind, *numbers, forget_last_step=forget), True)]
-        yield problem.text, problem.image, response
+            solution = solve(problem.kind, problem.a, problem.b, forget_last_step=forget)
+            response = [Segment(solution, True)]
+        yield problem, response

@@ -8,7 +8,8 @@ whose own tokens carry no loss: the teacher never prefers it, and knows how to g
 import random
 from dataclasses import dataclass
 
-from slime.tiny.geometry import NUMBERS, Problem, calculate, conclude
+from slime.tiny.kinds import NUMBERS, calculate, conclude
+from slime.tiny.problems import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +27,22 @@ def response_with_slip(rng: random.Random, problem: Problem) -> list[Segment]:
 
 
 def _misread(rng: random.Random, problem: Problem) -> list[Segment]:
-    """Take wrong numbers from the picture, and compute with them."""
+    """Take wrong numbers from the problem, and compute with them."""
     kind, a, b = problem.kind, rng.choice(NUMBERS), rng.choice(NUMBERS)
     before, between, after = kind.names.split("{}")
     value = calculate(kind, a, b)
     return [
         Segment(f"<think>{before}", True),
-        Segment(str(a), a == problem.figure.across),
+        Segment(str(a), a == problem.a),
         Segment(between, True),
-        Segment(str(b), b == problem.figure.up),
+        Segment(str(b), b == problem.b),
         Segment(f"{after}. {a}{kind.first}{b}={value}{conclude(kind, value)}", True),
     ]
 
 
 def _miscalculated(rng: random.Random, problem: Problem) -> list[Segment]:
     """Write a wrong result of the first operation, and go on with it."""
-    kind, a, b = problem.kind, problem.figure.across, problem.figure.up
+    kind, a, b = problem.kind, problem.a, problem.b
     value = calculate(kind, rng.choice(NUMBERS), rng.choice(NUMBERS))
     return [
         Segment(f"<think>{kind.names.format(a, b)}. {a}{kind.first}{b}=", True),
@@ -52,7 +53,7 @@ def _miscalculated(rng: random.Random, problem: Problem) -> list[Segment]:
 
 def _forgotten(rng: random.Random, problem: Problem) -> list[Segment]:
     """End the thought before the last step; the answer is what the thought came to."""
-    kind, a, b = problem.kind, problem.figure.across, problem.figure.up
+    kind, a, b = problem.kind, problem.a, problem.b
     value = calculate(kind, a, b)
     thought, answer = conclude(kind, value, forget_last_step=True).split("Answer")
     return [

@@ -19,7 +19,12 @@ from typing import Any
 import psutil
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from slime.engines.process import ServerProcess, free_port, start_server
 from slime.engines.sglang_engine import Role, sglang_python
@@ -33,9 +38,11 @@ class Reference:
     """One checkpoint under transformers in float32: the numbers that a server must give."""
 
     def __init__(self, path: Path) -> None:
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        self.image_token = self.model.config.image_token_id
+        sees = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        self.model = kind.from_pretrained(path, dtype=torch.float32).eval()
+        self.image_processor: Any = AutoImageProcessor.from_pretrained(path, backend="pil") if sees else None
+        self.image_token = self.model.config.image_token_id if sees else None
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], images: Sequence[Image.Image] = ()) -> torch.Tensor:

@@ -7,8 +7,9 @@ import torch
 
 from slime.engines.process import ServerProcess
 from slime.tiny.examples import Encoder
-from slime.tiny.geometry import Problem, make_splits
 from slime.tiny.paths import CHECKPOINTS, checkpoint_path
+from slime.tiny.problems import Problem, ProblemSet
+from slime.tiny.recipe import RECIPES
 from tests.contracts.reference import TOLERANCE, Http, Reference, running_sglang
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -17,21 +18,27 @@ MAX_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("sglang") / "tiny.log"
-    with running_sglang(checkpoint_path("teacher"), log, role="student") as server:
+    with running_sglang(checkpoint_path(request.param), log, role="student") as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def problems() -> list[Problem]:
-    """Eight rows of the test split, all of different kinds where there are so many."""
-    rows = make_splits()["test"]
-    return list({row.kind: row for row in rows}.values())[:8]
+def one_of_each_kind(problems: ProblemSet) -> list[Problem]:
+    return list({row.kind: row for row in problems.make_splits()["test"]}.values())
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_tiny_checkpoint_answers_and_scores_as_under_transformers(server, problems, name):
+def architecture(name: str) -> str:
+    """Return the checkpoint that a server begins with, to which the weights of `name` fit."""
+    return "text_teacher" if name.startswith("text_") else "teacher"
+
+
+@pytest.mark.parametrize(
+    ("server", "name"), [(architecture(name), name) for name in CHECKPOINTS], indirect=["server"]
+)
+def test_a_tiny_checkpoint_answers_and_scores_as_under_transformers(server, name):
     http = Http(server)
     http.update_weights(checkpoint_path(name), name)
     reference, encoder = Reference(checkpoint_path(name)), Encoder(checkpoint_path(name))
@@ -42,8 +49,9 @@ def test_a_tiny_checkpoint_answers_and_scores_as_under_transformers(server, prob
         "logit_bias": {str(token): -100.0 for token in vision},
         "skip_special_tokens": False,
     }
-    for problem in problems:
-        prompt, images = encoder.prompt_ids(problem.text), [problem.image]
+    for problem in one_of_each_kind(RECIPES[name].problems):
+        prompt = encoder.prompt_ids(problem.text)
+        images = [] if problem.image is None else [problem.image]
         answer = http.generate(prompt, images, sampling_params=sampling)
         response = answer["output_ids"]
         expected, log_probs = reference.greedy(prompt, response, images, vision)

@@ -41,8 +41,8 @@ def test_the_launchers_teacher_is_killed_twice_and_the_run_loses_nothing(data, t
     """First as it answers the evaluation at the start, then as it scores a rollout."""
     folder, port = tmp_path / "run", free_port()
     flags = "--skip-eval-before-train --train-threads 1"
-    knobs = {"TEACHER_PORT": str(port), "NUM_ROLLOUT": str(ROLLOUTS), "EXTRA_ARGS": flags}
-    with launched(folder, data["train"].parent, **knobs) as job:
+    knobs = {"SKIP_DOCTOR": "1", "TEACHER_PORT": str(port), "NUM_ROLLOUT": str(ROLLOUTS), "EXTRA_ARGS": flags}
+    with launched(folder, data["train"].parent, knobs) as job:
         job.wait_until(lambda: bool(job.find_all(DRIVER)), "training has not started")
         job.driver_pid = job.find(DRIVER).pid
         for kills in (1, 2):

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ import psutil
 import pyarrow.parquet as pq
 
 from slime.engines.process import PROJECT_ROOT, ServerProcess, free_port, start_server
-from slime.tiny.geometry import write_splits
+from slime.tiny.geometry import GEOMETRY
 from slime.tiny.paths import checkpoint_path
+from slime.tiny.problems import ProblemSet
 from tests.fakes.launcher import SCRIPT
 
 MARK = "SLIME_TEST_JOB"
@@ -28,12 +29,14 @@ START_SECONDS = 240.0
 SHARED_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
 
-def write_data(folder: Path, train_rows: int = 8, test_rows: int = 24) -> dict[str, Path]:
-    """Write the first rows of the tiny geometry set."""
-    paths = {}
+def write_data(
+    folder: Path, train_rows: int = 8, test_rows: int = 24, problems: ProblemSet = GEOMETRY
+) -> dict[str, Path]:
+    """Write the first rows of a tiny set."""
+    paths, whole = {}, problems.write_splits(folder / "whole")
     for split, rows in (("train", train_rows), ("test", test_rows)):
         paths[split] = folder / f"{split}.parquet"
-        pq.write_table(pq.read_table(write_splits(folder / "whole")[split]).slice(0, rows), paths[split])
+        pq.write_table(pq.read_table(whole[split]).slice(0, rows), paths[split])
     return paths
 
 
@@ -150,20 +153,20 @@ def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
 
 
 @contextmanager
-def launched(output_dir: Path, data: Path, **knobs: str) -> Iterator[Job]:
-    """Start the launcher on as small a job, with `SLIME_SCRIPT_<knob>` set; teacher and driver are real."""
+def launched(output_dir: Path, data: Path, knobs: Mapping[str, str], script: Path = SCRIPT) -> Iterator[Job]:
+    """Start a launcher on as small a job, with `SLIME_SCRIPT_<knob>` set; teacher and driver are real."""
     knobs = {
         "SKIP_SETUP": "1",
-        "SKIP_DOCTOR": "1",
         "DATASET_NAME": str(data),
         "OUTPUT_DIR": str(output_dir),
         "ROLLOUT_BATCH_SIZE": "4",
         "N_SAMPLES_PER_PROMPT": "2",
         "MAX_RESPONSE_LEN": "64",
-    } | knobs
+        **knobs,
+    }
     variables = {f"SLIME_SCRIPT_{name}": value for name, value in knobs.items()}
     variables |= {"VIRTUAL_ENV": sys.prefix, "TMPDIR": str(output_dir.parent)}
-    with _started(["bash", str(SCRIPT)], output_dir, variables) as job:
+    with _started(["bash", str(script)], output_dir, variables) as job:
         yield job
 
 

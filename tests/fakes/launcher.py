@@ -1,4 +1,4 @@
-"""Run the launcher as a user does, on a made-up machine: any number of GPUs, an environment of stand-ins.
+"""Run a launcher as a user does, on a made-up machine: any number of GPUs, an environment of stand-ins.
 
 The stand-in Python plays teacher, doctor and driver as `TEACHER_PLAYS`, `DOCTOR_PLAYS` and `DRIVER_PLAYS` say
 ("first; second": one part a start, the last for all that follow), and passes everything else on to the real
@@ -105,10 +105,11 @@ class Launched:
 
 
 class Machine:
-    """A machine of `gpus` GPUs below `root`, with stand-in models and data."""
+    """A machine of `gpus` GPUs below `root`, with stand-in models and data, on which `script` is run."""
 
-    def __init__(self, root: Path, gpus: int = 0) -> None:
+    def __init__(self, root: Path, gpus: int = 0, script: Path = SCRIPT) -> None:
         self.root = root
+        self.script = script
         self.stage = root / "stage"
         self.stage.mkdir()
         programs, environment = root / "programs", root / "environment" / "bin"
@@ -160,7 +161,7 @@ class Machine:
         """Start the launcher; its output is piped."""
         variables = {f"SLIME_SCRIPT_{name}": value for name, value in knobs.items()}
         return subprocess.Popen(
-            ["bash", str(SCRIPT)],
+            ["bash", str(self.script)],
             env=self.environment | variables,
             cwd=self.root,
             stdin=subprocess.DEVNULL,

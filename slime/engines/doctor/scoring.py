@@ -171,7 +171,8 @@ async def _sample(state: State) -> tuple[Probe, list[float]]:
         read = parse_generate(answer, vocab_size=state.vocab_size)
     except EngineError as error:
         raise Fault("unreadable-answer", str(error), "see the teacher's log") from error
-    special = state.own.tokenizer.added_tokens_decoder
+    decoder = state.own.tokenizer.added_tokens_decoder
+    special = {id_ for id_, token in decoder.items() if token.special}  # <think> is an added token, too
     end = state.own.tokenizer.eos_token_id
     # A sampled pad would be taken for a picture, so the response ends before the first special token.
     cut = next((i for i, id_ in enumerate(read.tokens) if id_ in special and id_ != end), len(read.tokens))

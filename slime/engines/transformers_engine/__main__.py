@@ -39,7 +39,7 @@ KV_SHARE = 0.6
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(prog="slime.engines.transformers_engine", description=__doc__)
-    parser.add_argument("--model-path", required=True, help="folder of a Qwen3-VL checkpoint")
+    parser.add_argument("--model-path", required=True, help="folder of a Qwen3-VL or Qwen3 checkpoint")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument(
         "--host", default="127.0.0.1", help="beyond loopback, SLIME_ENGINE_API_KEY must be set"
@@ -104,6 +104,9 @@ def is_loopback(host: str) -> bool:
 
 def vision_tokens(config: Any, tokenizer: Any) -> VisionTokens:
     """Collect what prompts are expanded with."""
+    vocab_size = config.get_text_config().vocab_size
+    if not hasattr(config, "vision_config"):
+        return VisionTokens.of_text_model(vocab_size)
     start, pad, end = tokenizer.convert_ids_to_tokens(
         [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
     )
@@ -112,7 +115,7 @@ def vision_tokens(config: Any, tokenizer: Any) -> VisionTokens:
         image_pad=config.image_token_id,
         video_pad=config.video_token_id,
         merge=config.vision_config.spatial_merge_size,
-        vocab_size=config.text_config.vocab_size,
+        vocab_size=vocab_size,
         image_text=f"{start}{pad}{end}",
         image_pattern=re.compile(pattern),
     )
@@ -170,7 +173,7 @@ def build(
         deterministic=args.deterministic,
     )
     batcher = Batcher(stepper, args.weight_version, on_failure)
-    context = args.context_length or model.config.text_config.max_position_embeddings
+    context = args.context_length or model.text_config.max_position_embeddings
     eos = model.eos_ids | ({tokenizer.eos_token_id} - {None})
     generator = Generator(
         batcher,
@@ -184,6 +187,7 @@ def build(
     control = Control(batcher, generator, args.model_path, args.served_model_name or args.model_path)
     info = ServerInfo(
         tokenizer_path=args.model_path,
+        sees=model.sees,
         model_type=model.config.model_type,
         architectures=list(model.config.architectures or ()),
         context_length=context,

@@ -75,9 +75,12 @@ def _read_file(path: str) -> bytes:
 
 
 class ImageLoader:
-    """Turns `image_data` strings into `Pixels`; safe to call from several threads."""
+    """Turns `image_data` strings into `Pixels`; safe to call from several threads.
 
-    def __init__(self, image_processor: Any, cache_bytes: int = CACHE_BYTES):
+    Without an image processor (a text model) every picture is refused.
+    """
+
+    def __init__(self, image_processor: Any | None, cache_bytes: int = CACHE_BYTES):
         self._processor = image_processor
         self._cache: OrderedDict[bytes, Pixels] = OrderedDict()  # by the hash of the source string
         self._free_bytes = cache_bytes
@@ -102,6 +105,11 @@ class ImageLoader:
         return pixels
 
     def _process(self, encoded: bytes, digest: bytes) -> Pixels:
+        if self._processor is None:
+            raise InvalidValue(
+                "image_data holds a picture, and the served model takes text alone; send no image_data, or "
+                "serve a vision-language model."
+            )
         try:
             image = decode_image(encoded)
         except BadImageError as error:

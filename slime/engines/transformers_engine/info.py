@@ -15,6 +15,8 @@ class ServerInfo:
     """Facts that do not change while the engine runs."""
 
     tokenizer_path: str
+    sees: bool
+    """Whether the model takes pictures."""
     model_type: str
     architectures: list[str]
     context_length: int
@@ -35,7 +37,7 @@ class ServerInfo:
             "reasoning_parser": None,
             "tool_call_parser": None,
             "disaggregation_mode": "null",
-            "has_image_understanding": True,
+            "has_image_understanding": self.sees,
             "has_audio_understanding": False,
             "model_type": self.model_type,
             "architectures": self.architectures,

@@ -1,4 +1,5 @@
-"""The Qwen3-VL checkpoint and its two forwards: prefill of whole prompts, decode of one token per row.
+"""The checkpoint, Qwen3-VL or the text-only Qwen3, and its two forwards: prefill of whole prompts, decode of
+one token per row.
 
 It drives transformers' own layers, so its numbers are transformers' numbers; scheduling and sampling are
 elsewhere.
@@ -15,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from slime.engines.transformers_engine.images import Pixels
@@ -24,9 +31,10 @@ from slime.engines.transformers_engine.prompt import Prompt
 from slime.engines.transformers_engine.sampling import SamplingBatch, sample
 
 ATTENTION = "slime_batched"
-EMBEDDING = "model.language_model.embed_tokens.weight"
-MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
-STORED_AS_SERVED = ("qwen3_vl",)
+EMBEDDING = "embed_tokens.weight"
+"""How the name of the embedding's tensor ends."""
+MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen3", "qwen3_moe")
+STORED_AS_SERVED = ("qwen3_vl", "qwen3")
 """Types whose files hold the served tensors as they are; transformers converts those of other types."""
 
 
@@ -91,28 +99,34 @@ class EngineModel:
         if self.config.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"{path} is a {self.config.model_type} checkpoint; the transformers engine serves "
-                f"{' and '.join(MODEL_TYPES)}. Use an SGLang server for others."
+                f"{', '.join(MODEL_TYPES)}. Use an SGLang server for others."
+            )
+        self.sees: bool = hasattr(self.config, "vision_config")
+        self.text_config: Any = self.config.get_text_config()
+        if self.text_config.to_dict().get("sliding_window") is not None:
+            raise ValueError(
+                f"{path} attends within a sliding window, and the transformers engine to the whole past. Use "
+                "an SGLang server for it."
             )
         self.dtype, self.device = dtype, device
         self.net = self._load(path).to(device)
         self.net.requires_grad_(False)
-        self.text = self.net.model.language_model
+        self.text = self.net.get_decoder()
         self.text.config._attn_implementation = ATTENTION
-        self.vocab_size: int = self.config.text_config.vocab_size
-        self.eos_ids = _eos_ids(path, self.config)
+        self.vocab_size: int = self.text_config.vocab_size
+        self.eos_ids = _eos_ids(path, self.text_config)
         self.counts = ForwardCounts()
-        self._deepstack_layers = len(self.config.vision_config.deepstack_visual_indexes)
 
     def new_cache(self) -> KVCache:
         """Return an empty cache of this model's shape."""
-        text = self.config.text_config
+        text = self.text_config
         heads = text.num_attention_heads
         dim = text.head_dim or text.hidden_size // heads
         return KVCache(text.num_hidden_layers, text.num_key_value_heads, dim, self.dtype, self.device)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token of one row takes."""
-        text = self.config.text_config
+        text = self.text_config
         dim = text.head_dim or text.hidden_size // text.num_attention_heads
         return 2 * text.num_hidden_layers * text.num_key_value_heads * dim * self.dtype.itemsize
 
@@ -202,9 +216,10 @@ class EngineModel:
         return weights
 
     def _check_names(self, path: str, weights: dict[str, Tensor]) -> None:
-        if self.config.tie_word_embeddings and EMBEDDING in weights:
-            weights.setdefault("lm_head.weight", weights[EMBEDDING])
         own = self.net.state_dict().keys()
+        embedding = next(name for name in own if name.endswith(EMBEDDING))
+        if self.config.tie_word_embeddings and embedding in weights:
+            weights.setdefault("lm_head.weight", weights[embedding])
         missing, surplus = sorted(own - weights.keys()), sorted(weights.keys() - own)
         if missing or surplus:
             raise ValueError(
@@ -227,7 +242,8 @@ class EngineModel:
         }
         loaded: Any
         if weights is None:
-            loaded = AutoModelForImageTextToText.from_pretrained(path, **options)
+            kind = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
+            loaded = kind.from_pretrained(path, **options)
         else:
             loaded = type(self.net).from_pretrained(None, state_dict=weights, **options)
         net, info = loaded
@@ -269,7 +285,8 @@ class EngineModel:
         visual: Tensor | None,
         deepstack: Sequence[Tensor],
     ) -> Tensor:
-        rotary = self.text.rotary_emb(hidden, positions)
+        # Without pictures the three axes are one.
+        rotary = self.text.rotary_emb(hidden, positions if self.sees else positions[0])
         for index, layer in enumerate(self.text.layers):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=kv)
             if visual is not None and index < len(deepstack):
@@ -280,9 +297,9 @@ class EngineModel:
         return torch.from_numpy(array).to(self.device)
 
 
-def _eos_ids(path: str, config: Any) -> frozenset[int]:
+def _eos_ids(path: str, text_config: Any) -> frozenset[int]:
     """Collect the end-of-sequence ids of the model's config and of its generation config."""
-    given = [config.text_config.eos_token_id]
+    given = [text_config.eos_token_id]
     if (Path(path) / "generation_config.json").exists():
         given.append(GenerationConfig.from_pretrained(path).eos_token_id)
     ids: set[int] = set()

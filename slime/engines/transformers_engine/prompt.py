@@ -28,6 +28,18 @@ class VisionTokens:
     image_pattern: re.Pattern[str]
     """Matches one picture in text: its pads, expanded or not, between start and end, or `<image>`."""
 
+    @classmethod
+    def of_text_model(cls, vocab_size: int) -> "VisionTokens":
+        """Return those of a model without vision: no id is a pad, and no text stands for a picture."""
+        return cls(
+            image_pad=-1,
+            video_pad=-1,
+            merge=1,
+            vocab_size=vocab_size,
+            image_text="",
+            image_pattern=re.compile("(?!)"),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:

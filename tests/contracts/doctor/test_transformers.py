@@ -18,6 +18,7 @@ from aiohttp import web
 
 from slime.engines.doctor.__main__ import main
 from slime.engines.process import ServerProcess, free_port, start_server
+from slime.tiny.paths import checkpoint_path
 from tests.contracts.doctor.support import TEACHER, Examine
 from tests.contracts.reference import Http
 from tests.fakes.planting_proxy import Fault, Json, planted
@@ -100,6 +101,17 @@ def test_a_text_only_teacher_passes_where_no_prompt_has_a_picture(
     with planted(server.url, TextOnly()) as url:
         found = examine(url, more=("--text-only",))
     assert found.code == 0, found.printed
+    assert found.skipped() == ["image-processor", "image-receipt", "image-sizes", "sees"]
+    assert found.checks["same-model"]["values"]["kl"] > 0.1
+
+
+def test_a_text_only_teacher_of_a_text_only_student_passes(tmp_path: Path, examine: Examine) -> None:
+    teacher, student = checkpoint_path("text_teacher"), checkpoint_path("text_student")
+    with start_server("transformers", str(teacher), free_port(), tmp_path / "log", role="teacher") as server:
+        server.wait_ready(120)
+        found = examine(server.url, student=student)
+    assert found.code == 0, found.printed
+    assert [name for name, check in found.checks.items() if check["status"] == "warn"] == ["prefix-cache"]
     assert found.skipped() == ["image-processor", "image-receipt", "image-sizes", "sees"]
     assert found.checks["same-model"]["values"]["kl"] > 0.1
 

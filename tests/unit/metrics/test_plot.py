@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from slime.metrics.plot import draw_curves
@@ -32,15 +33,22 @@ def _colours(path: Path) -> set[Any]:
         return {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
 
 
-@pytest.mark.parametrize("records", [FULL, []])
-def test_a_png_is_drawn(records, tmp_path):
+@pytest.mark.parametrize(("records", "width"), [(FULL, 1800), (FULL[1:2], 600), ([], 600)])
+def test_a_png_is_drawn(records, width, tmp_path):
     path = draw_curves(records, tmp_path)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert image.size == (1800, 480)
+        assert image.size == (width, 480)
 
 
 def test_the_teachers_line_is_there_only_with_a_teacher(tmp_path):
     orange = (0xC8, 0x57, 0x1B)
     assert orange in _colours(draw_curves(FULL, tmp_path))
     assert orange not in _colours(draw_curves(FULL[1:], tmp_path))
+
+
+def test_a_run_without_a_teacher_has_one_panel(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title: titles.append(title))
+    draw_curves([FULL[1], {"rollout_id": 0, "step": 1, "reward": 0.3}], tmp_path)
+    assert titles == ["Accuracy"]

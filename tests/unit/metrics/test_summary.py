@@ -50,6 +50,13 @@ def test_what_was_not_evaluated_says_so(summary):
     assert "not given" in render_table(bare)
 
 
+def test_a_run_without_a_teacher_has_no_lines_about_one(summary):
+    table = render_table(dataclasses.replace(summary, teacher=None, gap_closed=None), with_teacher=False)
+    assert "teacher" not in table
+    assert "gap" not in table
+    assert {"0.310", "0.950", "fsdp,"} <= set(table.split())
+
+
 def test_the_teachers_tokens_are_not_called_the_students(summary):
     assert "teacher tokens" in render_table(dataclasses.replace(summary, written_by="teacher"))
 

@@ -47,7 +47,6 @@ def test_one_gpu_is_shared_by_all_and_says_so():
     assert placement.teacher_gpus == placement.actor_gpus == placement.rollout_gpus == ("0",)
     assert (placement.teacher_engine, placement.engine) == ("transformers", "transformers")
     assert placement.small_models
-    assert "2B" in placement.describe()
 
 
 @pytest.mark.parametrize("engine", ["sglang", "transformers", None])
@@ -60,11 +59,19 @@ def test_no_gpu_runs_on_the_cpu(engine):
 
 
 def test_an_external_teacher_leaves_all_gpus_to_the_student():
-    placement = plan_placement(8, external_teacher=True)
+    placement = plan_placement(8, teacher_site="elsewhere")
     assert placement.teacher_gpus == ()
     assert placement.actor_gpus == _ids(0, 4)
     assert placement.rollout_gpus == _ids(4, 8)
-    assert plan_placement(1, external_teacher=True).shared
+    assert plan_placement(1, teacher_site="elsewhere").shared
+
+
+@pytest.mark.parametrize(("num_gpus", "actor", "rollout"), [(8, _ids(0, 4), _ids(4, 8)), (1, ("0",), ("0",))])
+def test_without_a_teacher_all_gpus_are_the_students_and_no_teacher_is_spoken_of(num_gpus, actor, rollout):
+    placement = plan_placement(num_gpus, teacher_site="none")
+    assert (placement.teacher_gpus, placement.actor_gpus, placement.rollout_gpus) == ((), actor, rollout)
+    assert "teacher" not in placement.describe()
+    assert "teacher" not in plan_placement(0, teacher_site="none").describe()
 
 
 def test_overrides_move_the_border_and_name_what_is_idle():
@@ -95,10 +102,15 @@ def test_named_gpus_are_used_in_their_order():
         ({"num_gpus": 8, "num_gpus_teacher": 4, "num_gpus_student": 8}, "at most 8"),
         ({"num_gpus": 8, "num_gpus_student": 8}, "SLIME_SCRIPT_TEACHER_URL"),
         ({"num_gpus": 16, "num_gpus_teacher": 0}, "SLIME_SCRIPT_TEACHER_URL"),
-        ({"num_gpus": 8, "num_gpus_teacher": 4, "external_teacher": True}, "unset one"),
-        ({"num_gpus": 4, "num_gpus_student": 0, "external_teacher": True}, "at least 1"),
+        ({"num_gpus": 8, "num_gpus_teacher": 4, "teacher_site": "elsewhere"}, "unset one"),
+        ({"num_gpus": 4, "num_gpus_student": 0, "teacher_site": "elsewhere"}, "at least 1"),
         ({"num_gpus": 8, "gpus_per_engine": 3}, "--rollout-num-gpus-per-engine"),
         ({"num_gpus": 8, "gpus_per_engine": 4}, "does not divide"),
+        ({"num_gpus": 8, "num_gpus_teacher": 4, "teacher_site": "none"}, "no teacher; unset it"),
+        (
+            {"num_gpus": 6, "gpus_per_engine": 2, "teacher_site": "none"},
+            r"change it or SLIME_SCRIPT_NUM_GPUS\.",
+        ),
         ({"num_gpus": 2, "gpus_per_engine": 2}, "--rollout-num-gpus-per-engine"),
         ({"num_gpus": 2, "engine": "sglang"}, "--colocate"),
         ({"num_gpus": 0, "num_gpus_teacher": 1}, "there is no GPU"),

@@ -1,18 +1,21 @@
 """Finding checkpoints and making the dataset once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from slime.tiny import CHECKPOINTS, checkpoint_path, ensure_dataset, geometry
+from slime.tiny import CHECKPOINTS, checkpoint_path, ensure_dataset, problems
 from slime.tiny.__main__ import main
+from slime.tiny.geometry import GEOMETRY
+from slime.tiny.words import WORDS
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split in geometry.SPLIT_SIZES:
-        monkeypatch.setitem(geometry.SPLIT_SIZES, split, 8)
+    for split in problems.SPLIT_SIZES:
+        monkeypatch.setitem(problems.SPLIT_SIZES, split, 8)
 
 
 def test_ensure_dataset_writes_once(tmp_path: Path) -> None:
@@ -29,18 +32,20 @@ def test_ensure_dataset_writes_once(tmp_path: Path) -> None:
 
 
 def test_ensure_dataset_replaces_other_versions_and_broken_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     paths = ensure_dataset(tmp_path)
     whole = paths["test"].read_bytes()
     paths["test"].write_bytes(b"not parquet")
     assert ensure_dataset(tmp_path)["test"].read_bytes() == whole
-    monkeypatch.setattr(geometry, "VERSION", 99)
-    assert b"version 99" in pq.read_schema(ensure_dataset(tmp_path)["train"]).metadata[b"slime.tiny"]
+    for other in (replace(GEOMETRY, version="version 99"), WORDS):
+        written = pq.read_schema(ensure_dataset(tmp_path, other)["train"])
+        assert written.metadata[b"slime.tiny"] == other.stamp().encode()
+        assert written.names == other.schema.names
 
 
 def test_an_unknown_checkpoint_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'big'.*teacher, student, weak"):
+    with pytest.raises(ValueError, match=r"'big'.*teacher, student, weak, text_teacher, text_student"):
         checkpoint_path("big")
 
 
@@ -63,7 +68,22 @@ def test_the_command_writes_the_data(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert str(tmp_path / "test.parquet") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["--data", "x", "--only", "weak"], ["--data", "x", "--measure"]])
+def test_the_command_writes_the_set_in_words(tmp_path: Path) -> None:
+    assert main(["--data", str(tmp_path), "--set", "words"]) == 0
+    [row] = pq.read_table(tmp_path / "test.parquet").slice(0, 1).to_pylist()
+    assert list(row) == ["prompt", "label", "solution"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--data", "x", "--only", "weak"],
+        ["--data", "x", "--measure"],
+        ["--data", "x", "--set", "pictures"],
+        ["--measure", "--set", "words"],
+    ],
+)
 def test_the_command_refuses_what_makes_no_sense(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(argv)

@@ -5,14 +5,16 @@ import re
 
 import pytest
 
-from slime.tiny.geometry import Problem, calculate, finish, make_splits
+from slime.tiny.geometry import GEOMETRY
+from slime.tiny.kinds import calculate, finish
+from slime.tiny.problems import Problem
 from slime.tiny.slips import Segment, response_with_slip
 
 
 @pytest.fixture(scope="module")
 def responses() -> list[tuple[Problem, list[Segment]]]:
     rng = random.Random(0)
-    return [(row, response_with_slip(rng, row)) for row in make_splits()["test"]]
+    return [(row, response_with_slip(rng, row)) for row in GEOMETRY.make_splits()["test"]]
 
 
 def test_what_is_not_learned_is_the_only_difference_from_the_solution(

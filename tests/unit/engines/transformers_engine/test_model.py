@@ -1,16 +1,25 @@
 """The engine's forwards against transformers' own, and weights that are read, refused and written."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
 
 from slime.engines.transformers_engine.model import EngineModel
+from slime.engines.transformers_engine.prompt import VisionTokens, build_prompt
 from tests.contracts.engine_api.support import MODEL, drawn_picture, save_changed_model
 from tests.unit.engines.transformers_engine.support import (
     PICTURE_PROMPT,
@@ -142,3 +151,47 @@ def test_weights_of_another_model_are_refused(tmp_path, fault):
     with pytest.raises((ValueError, OSError, RuntimeError)) as caught:
         load_model().read_weights(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+
+
+def save_text_model(folder: Path, *, experts: bool = False, tied: bool = False, **settings: Any) -> Path:
+    """Write a random text-only Qwen3."""
+    shape: dict[str, Any] = {
+        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1,
+        "eos_token_id": 7, "tie_word_embeddings": tied,
+    } | settings  # fmt: skip
+    mixture: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    net = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **mixture))
+        if experts
+        else Qwen3ForCausalLM(Qwen3Config(**shape))
+    )
+    net.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("experts", "tied"), [(False, False), (False, True), (True, False)])
+def test_a_text_model_is_served_and_updated(tmp_path: Path, experts: bool, tied: bool) -> None:
+    torch.manual_seed(0)
+    folders = [save_text_model(tmp_path / str(number), experts=experts, tied=tied) for number in range(2)]
+    model = EngineModel(str(folders[0]), torch.float32, torch.device("cpu"))
+    assert (model.sees, model.vocab_size, model.eos_ids) == (False, 90, {7})
+    batch = [build_prompt(list(ids), [], VisionTokens.of_text_model(90)) for ids in (range(9), range(50, 80))]
+    for folder in folders:
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # As a running engine takes weights: by name, into the model that it serves.
+        model.write_weights(model.read_weights(str(folder)))
+        result = model.prefill(batch, [[], [3, 4]])
+        for row, (prompt, extra) in enumerate(zip(batch, ([], [3, 4]), strict=True)):
+            ids = torch.tensor([[*prompt.ids.tolist(), *extra]])
+            with torch.inference_mode():
+                expected = plain(input_ids=ids).logits[0]
+            logits = model.logits(result.hidden[row, : ids.shape[1]])
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+def test_a_text_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    folder = save_text_model(tmp_path / "model", **window)
+    with pytest.raises(ValueError, match=r"sliding window.*SGLang server"):
+        EngineModel(str(folder), torch.float32, torch.device("cpu"))

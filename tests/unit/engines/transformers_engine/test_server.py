@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import StreamResponse
 
 from slime.engines.transformers_engine.__main__ import build, is_loopback, parse_args
-from tests.contracts.engine_api.support import MODEL
+from slime.tiny.paths import checkpoint_path
+from slime.utils.processing_utils import encode_image_for_rollout_engine
+from tests.contracts.engine_api.support import MODEL, drawn_picture
 from tests.unit.engines.transformers_engine.support import TEXT_PROMPT
 
 BODY = {"input_ids": TEXT_PROMPT, "sampling_params": {"max_new_tokens": 2}}
@@ -22,7 +26,13 @@ async def client(
 ) -> AsyncIterator[TestClient]:
     for name, value in getattr(request, "param", {}).items():
         monkeypatch.setenv(name, value)
-    args = parse_args(["--model-path", str(MODEL), "--port", "1", "--served-model-name", "student"])
+    async with serving(MODEL) as client:
+        yield client
+
+
+@asynccontextmanager
+async def serving(model: Path) -> AsyncIterator[TestClient]:
+    args = parse_args(["--model-path", str(model), "--port", "1", "--served-model-name", "student"])
     batcher, generator, app = build(args, lambda: None)
     batcher.start()
     async with TestClient(TestServer(app)) as client:
@@ -70,6 +80,23 @@ async def test_server_info_holds_settings_and_counts_but_no_key(client):
     assert info["served_model_name"] == "student"
     assert info["internal_states"][0]["decode_forwards"] >= 1
     assert not [key for key in info if "api" in key or "admin" in key]
+
+
+async def test_a_text_model_answers_and_refuses_pictures():
+    async with serving(checkpoint_path("text_teacher")) as client:
+        info = await (await client.get("/model_info")).json()
+        assert (info["model_type"], info["has_image_understanding"]) == ("qwen3", False)
+        text = "<|im_start|>user\nA rhombus has diagonals 10 and 3. What is its area?<|im_end|>\n"
+        body = {
+            "text": f"{text}<|im_start|>assistant\n",
+            "sampling_params": {"max_new_tokens": 64, "temperature": 0},
+        }
+        answer = await (await client.post("/generate", json=body)).json()
+        assert answer["text"].endswith("\\boxed{15}")
+        picture = encode_image_for_rollout_engine(drawn_picture(1))
+        refused = await client.post("/generate", json=body | {"image_data": picture})
+        assert refused.status == 400
+        assert "takes text alone" in (await refused.json())["error"]["message"]
 
 
 async def test_two_requests_with_one_id_are_refused(client):
