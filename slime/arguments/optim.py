@@ -91,7 +91,16 @@ class BatchArgs:
         at_least=1,
     )
     use_dynamic_batch_size: bool = flag(False, help="Fill micro-batches up to --max-tokens-per-gpu.")
-    max_tokens_per_gpu: int | None = flag(None, help="Tokens of one micro-batch on one rank.", at_least=1)
+    max_tokens_per_gpu: int | None = flag(
+        None,
+        help="Tokens of one micro-batch on one rank, padding counted where there is any.",
+        at_least=1,
+    )
+    train_layout: Literal["packed", "padded"] = flag(
+        "packed",
+        help="packed: the samples of a micro-batch lie end to end, without padding; padded: one row each, "
+        "padded to the longest, for models whose layers are not all full attention.",
+    )
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
