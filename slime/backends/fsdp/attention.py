@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 PACKED = "slime_packed"
 """The name by which transformers finds `packed_attention`. It builds no mask for a name that it does not
 know."""
-BUNDLE_TOKENS = 1024
+BUNDLE_TOKENS = 512
 """Short samples attend side by side, padded, while they have no more tokens together: calls cost more there
 than padding does."""
 

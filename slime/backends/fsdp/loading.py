@@ -52,7 +52,9 @@ def load_policy(
     auto_class = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     storage_dtype = torch.float32 if trainable else compute_dtype
     with torch.device("meta"):
-        hf = auto_class.from_config(config, dtype=storage_dtype, attn_implementation=_attention(config, packed))
+        hf = auto_class.from_config(
+            config, dtype=storage_dtype, attn_implementation=_attention(config, packed)
+        )
     policy = PolicyModel(hf, chunk_size, masked_ids, packed=packed)
     policy.requires_grad_(trainable)
     if freeze_vision_tower and policy.vision_tower is not None:
