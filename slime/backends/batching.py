@@ -101,8 +101,6 @@ class MicroBatch:
     """int64 [pictures, 3], their grids; None without pictures."""
     picture_rows: tuple[int, ...]
     """[I], which distinct picture each image in the batch is."""
-    lengths: tuple[int, ...] | None
-    """Tokens of each sample in the one packed row, in order; None: the samples have rows of their own."""
     response_positions: Tensor
     """int64 [P], flat index into [B * T] of the position that predicts each response token."""
     response_ids: Tensor
@@ -117,6 +115,8 @@ class MicroBatch:
     """bool [P], the token's response ended by itself."""
     thinking: Tensor
     """bool [P], the token belongs to the response's thought, tags included."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each sample in the one packed row, in order; None: the samples have rows of their own."""
     rollout_log_probs: Tensor | None = None
     """float32 [P], under the engine."""
     teacher_log_probs: Tensor | None = None

@@ -119,8 +119,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ head
             if grad_head is not None:
-                grad_head += grad_logits.T @ rows
+                _add_product(grad_head, grad_logits.T, rows)
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total`, without a copy of the head's size where the precision is the same."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _logits_gradient(
@@ -128,11 +136,11 @@ def _logits_gradient(
 ) -> Tensor:
     """Return the gradient [C, V] with respect to one chunk's logits.
 
-    `log_probs` [C, V] is the whole distribution, `grad_chosen` [C, K] belongs to the log-probs of `ids` and
+    `log_probs` [C, V] is the whole distribution, and its memory may become the result's; `grad_chosen` [C, K] belongs to the log-probs of `ids` and
     `grad_entropy` [C] to the entropy. With p = softmax(z): d log p_k / dz = onehot_k - p and
     dH / dz = -p (log p + H).
     """
-    probs = log_probs.exp()
+    probs = log_probs.exp_() if grad_entropy is None else log_probs.exp()
     factor = torch.zeros_like(entropy)[:, None]
     if grad_chosen is not None:
         factor = factor - grad_chosen.sum(dim=1, keepdim=True)
