@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         default = getattr(DEFAULT, name)
         made.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     made.add_argument("--rounds", type=int, default=3, help="counted steps of each way (default: 3)")
-    made.add_argument("--threads", type=int, default=2, help="compute threads of each way (default: 2)")
+    made.add_argument("--threads", type=int, default=1, help="compute threads of each way (default: 1)")
     made.add_argument("--json", type=Path, metavar="PATH", help="write every step's numbers there")
     return made
 

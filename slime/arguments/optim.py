@@ -147,7 +147,10 @@ class OptimArgs:
         False, help="Recompute layers in the backward pass: less memory, more time."
     )
     logprob_chunk_size: int = flag(
-        1024, help="Response positions that go through the LM head at once.", at_least=1
+        help="Response positions that go through the LM head at once.",
+        derive=lambda args: 1024 if visible_gpus() else 256,
+        derived_from="1024 on GPUs, 256 without",
+        at_least=1,
     )
     train_threads: int = flag(2, help="CPU threads of one training rank, where it runs on a CPU.", at_least=1)
     freeze_vision_tower: bool = flag(False, help="Do not train the vision tower.")

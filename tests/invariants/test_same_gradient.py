@@ -1,4 +1,4 @@
-"""However a batch is split, over micro-batches or ranks, and laid out, packed or padded, it gives one gradient.
+"""However a batch is split, over micro-batches or ranks, packed or padded, it gives one gradient.
 
 The gradient is read off the weights after one step of an AdamW that moves them by g / (|g| + 1).
 """

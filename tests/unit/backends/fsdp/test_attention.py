@@ -150,6 +150,6 @@ def test_layers_that_do_not_see_the_whole_sample_are_refused() -> None:
     require_packable(Qwen3Config(num_hidden_layers=2))
     sliding = Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
     with pytest.raises(
-        ValueError, match="layers of full_attention, sliding_attention; .*--train-layout padded"
+        ValueError, match=r"layers of full_attention, sliding_attention; .*--train-layout padded"
     ):
         require_packable(sliding)

@@ -41,7 +41,7 @@ def make_batch(
 
 
 def plain_log_probs(model: Any, batch: MicroBatch) -> Tensor:
-    """Return the log-probs [P] of the response through transformers' own padded forward pass, all logits made."""
+    """Return the log-probs [P] of the response through transformers' own padded forward pass."""
     assert batch.lengths is None
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.pixel_values is not None and batch.picture_grids is not None:
