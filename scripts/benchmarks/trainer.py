@@ -88,8 +88,8 @@ def require_same_step(first: dict[str, Record]) -> None:
     for name, value in plain.items():
         if not math.isclose(value, ours[name], rel_tol=TOLERANCE):
             raise RuntimeError(
-                f"the two ways took different steps: {name} {value:.6g} the plain way, {ours[name]:.6g} ours; "
-                "one of them errs."
+                f"the two ways took different steps: {name} {value:.6g} the plain way, {ours[name]:.6g} "
+                "ours; one of them errs."
             )
 
 

@@ -136,9 +136,9 @@ def _logits_gradient(
 ) -> Tensor:
     """Return the gradient [C, V] with respect to one chunk's logits.
 
-    `log_probs` [C, V] is the whole distribution, and is used up; `grad_chosen` [C, K] belongs to the log-probs
-    of `ids` and `grad_entropy` [C] to the entropy. With p = softmax(z): d log p_k / dz = onehot_k - p and
-    dH / dz = -p (log p + H).
+    `log_probs` [C, V] is the whole distribution, and is used up; `grad_chosen` [C, K] belongs to the
+    log-probs of `ids` and `grad_entropy` [C] to the entropy. With p = softmax(z):
+    d log p_k / dz = onehot_k - p and dH / dz = -p (log p + H).
     """
     probs = log_probs.exp_() if grad_entropy is None else log_probs.exp()
     factor = torch.zeros_like(entropy)[:, None]

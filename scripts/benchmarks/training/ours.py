@@ -1,4 +1,4 @@
-"""Our way to train, as a training rank does: shards, packed micro-batches, the objective, the FSDP backend."""
+"""Our way to train, as a training rank does: shards, packed micro-batches, the objective, FSDP."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def sizes(shape: Shape) -> str:
     """Say what a step is."""
     responses = shape.responses()
     return (
-        f"{shape.total} samples of {shape.prompts} prompts ({shape.prompt} tokens, one picture), responses of "
-        f"{min(responses)} to {max(responses)} tokens: {shape.tokens:,} tokens, {sum(responses):,} of them "
-        f"learned from; padded {shape.padded_tokens:,} positions."
+        f"{shape.total} samples of {shape.prompts} prompts ({shape.prompt} tokens, one picture), responses "
+        f"of {min(responses)} to {max(responses)}: {shape.tokens:,} tokens, {sum(responses):,} learned from; "
+        f"padded {shape.padded_tokens:,}."
     )

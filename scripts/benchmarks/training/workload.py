@@ -50,7 +50,7 @@ class Shape:
         return self.question + (self.side // (PATCH * MERGE)) ** 2
 
     def responses(self) -> list[int]:
-        """Return the length of each response: evenly spread in the logarithm, in an order without a pattern."""
+        """Return the length of each response: evenly spread in the logarithm, in a mixed order."""
         steps = max(1, self.total - 1)
         lengths = [
             round(SHORTEST * (self.longest / SHORTEST) ** (place / steps)) for place in range(self.total)
@@ -137,12 +137,14 @@ def make_samples(shape: Shape) -> tuple[list[Sample], dict[str, bytes]]:
     samples: list[Sample] = []
     pictures: dict[str, bytes] = {}
     grid = (1, shape.side // PATCH, shape.side // PATCH)
+    prompts = []
+    for _ in range(shape.prompts):
+        png = _picture(shape.side, generator)
+        sha256 = hashlib.sha256(png).hexdigest()
+        pictures[sha256] = png
+        prompts.append((sha256, [start, pad, end, *text(shape.question - 2)]))
     for number, length in enumerate(shape.responses()):
-        if number % shape.samples == 0:
-            png = _picture(shape.side, generator)
-            sha256 = hashlib.sha256(png).hexdigest()
-            pictures[sha256] = png
-            prompt = [start, pad, end, *text(shape.question - 2)]
+        sha256, prompt = prompts[number // shape.samples]
         samples.append(
             Sample(
                 index=number,

@@ -86,9 +86,11 @@ def packed_attention(
             "of the micro-batch is wrong."
         )
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        rows = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
         attended = varlen_attn(
-            *rows,
+            query,
+            key,
+            value,
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,
@@ -112,8 +114,10 @@ def _by_bundles(
     parts = [state[0].transpose(0, 1).split(lengths) for state in states]  # each [tokens of a sample, H, D]
     attended: list[Tensor] = []
     for start, stop in _bundles(lengths):
-        padded = [pad_sequence(list(part[start:stop]), batch_first=True).transpose(1, 2) for part in parts]
-        outputs, _ = sdpa_attention_forward(module, *padded, None, scaling=scaling, is_causal=True)
+        query, key, value = (
+            pad_sequence(list(part[start:stop]), batch_first=True).transpose(1, 2) for part in parts
+        )
+        outputs, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
         attended.extend(row[:length] for row, length in zip(outputs, lengths[start:stop], strict=True))
     return torch.cat(attended)[None]
 

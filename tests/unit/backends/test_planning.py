@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,7 +80,7 @@ def test_a_sample_over_the_budget_goes_alone() -> None:
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_tokens": 5, "micro_batch_size": 2}])
-def test_exactly_one_limit_is_needed(limits: dict[str, int]) -> None:
+def test_exactly_one_limit_is_needed(limits: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="exactly one is needed"):
         plan_micro_batches([1], 1, **limits)
 

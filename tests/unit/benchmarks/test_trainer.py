@@ -40,7 +40,7 @@ def test_both_ways_run_and_take_the_same_step(tmp_path):
 
 def test_ways_that_disagree_end_the_run():
     first = {"plain": record(1, 1, 1, grad_norm=1.0), "ours": record(1, 1, 1, grad_norm=1.01)}
-    with pytest.raises(RuntimeError, match="different steps: grad_norm 1 the plain way, 1.01 ours"):
+    with pytest.raises(RuntimeError, match=r"different steps: grad_norm 1 the plain way, 1\.01 ours"):
         trainer.require_same_step(first)
     first["ours"]["values"]["grad_norm"] = 1.0001
     trainer.require_same_step(first)

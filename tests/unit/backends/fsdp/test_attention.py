@@ -81,11 +81,12 @@ def test_model_and_micro_batch_must_agree_on_the_layout(model: Path) -> None:
 # ---- the attention by itself ----
 
 
-def draw(dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> list[Tensor]:
+def draw(dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries of four heads, and keys and values of two, for one row."""
     torch.manual_seed(0)
     states = [torch.randn(1, heads, sum(LENGTHS), 16, dtype=torch.float64) for heads in (4, 2, 2)]
-    return [state.to(device, dtype).requires_grad_() for state in states]
+    query, key, value = (state.to(device, dtype).requires_grad_() for state in states)
+    return query, key, value
 
 
 def layer() -> nn.Module:
