@@ -148,8 +148,8 @@ class OptimArgs:
     )
     logprob_chunk_size: int = flag(
         help="Response positions that go through the LM head at once.",
-        derive=lambda args: 1024 if visible_gpus() else 256,
-        derived_from="1024 on GPUs, 256 without",
+        derive=lambda args: 1024 if args.precision == "bfloat16" else 256,
+        derived_from="1024 with --train-dtype bfloat16, else 256",
         at_least=1,
     )
     train_threads: int = flag(2, help="CPU threads of one training rank, where it runs on a CPU.", at_least=1)
