@@ -314,6 +314,7 @@ def _plan_shards(
             num_ranks,
             max_tokens=args.max_tokens_per_gpu if args.use_dynamic_batch_size else None,
             micro_batch_size=None if args.use_dynamic_batch_size else args.micro_batch_size or 1,
+            packed=args.train_layout == "packed",
         )
         masks = [samples[index].loss_mask for index in chosen]
         distilled = [_distill_mask(samples[index]) for index in chosen]

@@ -49,7 +49,9 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient is not finite; the message names rollout, step and micro-batch.
         """
-        builder = MicroBatchBuilder(self._processor, shard.pictures, shard.carried)
+        builder = MicroBatchBuilder(
+            self._processor, shard.pictures, shard.carried, packed=self._args.train_layout == "packed"
+        )
         steps = [
             [builder.build([shard.samples[index] for index in batch]) for batch in step.micro_batches]
             for step in shard.steps

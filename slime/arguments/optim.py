@@ -93,7 +93,16 @@ class BatchArgs:
         at_least=1,
     )
     use_dynamic_batch_size: bool = flag(False, help="Fill micro-batches up to --max-tokens-per-gpu.")
-    max_tokens_per_gpu: int | None = flag(None, help="Tokens of one micro-batch on one rank.", at_least=1)
+    max_tokens_per_gpu: int | None = flag(
+        None,
+        help="Tokens of one micro-batch on one rank, padding counted where there is any.",
+        at_least=1,
+    )
+    train_layout: Literal["packed", "padded"] = flag(
+        "packed",
+        help="packed: the samples of a micro-batch lie end to end, without padding; padded: one row each, "
+        "padded to the longest, for models whose layers are not all full attention.",
+    )
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
@@ -140,7 +149,10 @@ class OptimArgs:
         False, help="Recompute layers in the backward pass: less memory, more time."
     )
     logprob_chunk_size: int = flag(
-        1024, help="Response positions that go through the LM head at once.", at_least=1
+        help="Response positions that go through the LM head at once.",
+        derive=lambda args: 1024 if args.precision == "bfloat16" else 256,
+        derived_from="1024 with --train-dtype bfloat16, else 256",
+        at_least=1,
     )
     train_threads: int = flag(2, help="CPU threads of one training rank, where it runs on a CPU.", at_least=1)
     freeze_vision_tower: bool = flag(False, help="Do not train the vision tower.")

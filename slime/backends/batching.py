@@ -2,9 +2,9 @@
 
 Here the wire form ends: one image pad per picture becomes as many as the model reads, and pictures become
 pixels. A loss sees only the flat response arrays [P]; how the rows above them are laid out is between here
-and the backend.
+and the backend: samples lie end to end in one row (packed), or each has a row, padded to the longest.
 
-Shape letters: B samples, T tokens of the longest, P response tokens of all, I pictures, N patches, D values a
+Shape letters: B rows, T tokens of a row, P response tokens of all samples, I pictures, N patches, D values a
 patch.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from slime.data.expand import expand_image_pads, expanded_length
 from slime.data.thinking import ThinkTags
@@ -87,9 +88,9 @@ class MicroBatch:
     """One forward and backward pass of one rank; without samples, a dummy that keeps the ranks in step."""
 
     sample_indices: tuple[int, ...]
-    """`TrainSample.index` of each row."""
+    """`TrainSample.index` of each sample."""
     input_ids: Tensor
-    """int64 [B, T], pads expanded, right-padded."""
+    """int64 [B, T], pads expanded; B = 1 where the samples are packed, else a right-padded row each."""
     attention_mask: Tensor
     """int64 [B, T], 1 on tokens."""
     image_token_mask: Tensor
@@ -105,7 +106,7 @@ class MicroBatch:
     response_ids: Tensor
     """int64 [P]."""
     sample_rows: Tensor
-    """int64 [P], the row that each response token belongs to."""
+    """int64 [P], which sample of the micro-batch each response token belongs to."""
     loss_mask: Tensor
     """float32 [P]."""
     advantages: Tensor
@@ -114,6 +115,8 @@ class MicroBatch:
     """bool [P], the token's response ended by itself."""
     thinking: Tensor
     """bool [P], the token belongs to the response's thought, tags included."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each sample in the one packed row, in order; None: the samples have rows of their own."""
     rollout_log_probs: Tensor | None = None
     """float32 [P], under the engine."""
     teacher_log_probs: Tensor | None = None
@@ -161,31 +164,39 @@ class MicroBatchBuilder:
         processor: BatchProcessor,
         pictures: Mapping[str, bytes],
         carried: frozenset[str] | None = None,
+        *,
+        packed: bool = True,
     ) -> None:
         """Take the processor, the shard's pictures, and which of `CARRIED` goes into every micro-batch: a
-        dummy must look like the others. None: what the samples of each have in common."""
+        dummy must look like the others. None: what the samples of each have in common.
+
+        The samples of a micro-batch lie in one row, or with `packed` False in one row each.
+        """
         self._processor = processor
+        self._packed = packed
         self._carried = carried
         self._tags = ThinkTags.of(processor.tokenizer)
         self._pictures = pictures
         self._processed: dict[str, tuple[Tensor, Grid]] = {}
 
     def build(self, samples: Sequence[TrainSample]) -> MicroBatch:
-        """Lay the samples out as one right-padded micro-batch; none gives a dummy without response.
+        """Lay the samples out as one micro-batch; none gives a dummy without response.
 
         Raises:
             ValueError: a picture is missing or has another grid than its sample says, or pads do not fit
             pictures.
         """
-        rows = [self._expand(sample) for sample in samples]
-        width = max((len(row) for row in rows), default=2)
-        input_ids = torch.zeros(max(1, len(rows)), width, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-        if not rows:
-            attention_mask.fill_(1)
+        texts = [self._expand(sample) for sample in samples]
+        rows = texts or [torch.zeros(2, dtype=torch.int64)]  # a dummy's
+        lengths = [len(row) for row in rows]
+        if self._packed:
+            input_ids = torch.cat(rows)[None]
+            attention_mask = torch.ones_like(input_ids)
+            starts = [sum(lengths[:number]) for number in range(len(texts))]
+        else:
+            input_ids = pad_sequence(rows, batch_first=True)
+            attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            starts = [number * input_ids.shape[1] for number in range(len(texts))]
         pictures, grids, picture_rows = self._pixels(samples)
         return MicroBatch(
             sample_indices=tuple(sample.index for sample in samples),
@@ -195,10 +206,11 @@ class MicroBatchBuilder:
             pictures=pictures,
             picture_grids=grids,
             picture_rows=picture_rows,
+            lengths=tuple(lengths) if self._packed else None,
             **_response_arrays(
                 samples,
-                rows,
-                width,
+                texts,
+                starts,
                 self._tags,
                 carried_by_all(samples) if self._carried is None else self._carried,
             ),
@@ -276,23 +288,23 @@ def _decode(png: bytes) -> Image.Image:
 
 def _response_arrays(
     samples: Sequence[TrainSample],
-    rows: Sequence[Tensor],
-    width: int,
+    texts: Sequence[Tensor],
+    starts: Sequence[int],
     tags: ThinkTags,
     carried: frozenset[str],
 ) -> dict[str, Any]:
-    """Return the flat arrays [P] of all samples' responses."""
+    """Return the flat arrays [P] of all samples' responses; sample i begins at the flat index `starts[i]`."""
     positions, ids, numbers, thinking = [], [], [], []
-    for row, (sample, tokens) in enumerate(zip(samples, rows, strict=True)):
+    for number, (sample, tokens, start) in enumerate(zip(samples, texts, starts, strict=True)):
         length, response = len(tokens), sample.response_length
         if response >= length:
             raise ValueError(
                 f"sample {sample.index} has {length} tokens, {response} of them response; the first response "
                 "token needs a prompt token before it."
             )
-        positions.append(torch.arange(length - response - 1, length - 1) + row * width)
+        positions.append(torch.arange(length - response - 1, length - 1) + start)
         ids.append(tokens[length - response :])
-        numbers.append(torch.full((response,), row))
+        numbers.append(torch.full((response,), number))
         thinking.append(tags.thinking(tokens, response))
     return {
         "response_positions": _flat(positions, torch.int64),

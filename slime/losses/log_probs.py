@@ -148,8 +148,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ head
             if grad_head is not None:
-                grad_head += grad_logits.T @ rows
+                _add_product(grad_head, grad_logits.T, rows)
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total`, without a copy of the head's size where the precision is the same."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _logits_gradient(
@@ -162,24 +170,25 @@ def _logits_gradient(
 ) -> Tensor:
     """Return the gradient [C, V] with respect to one chunk's logits.
 
-    `log_probs` [C, V] is the whole distribution, `grad_chosen` [C, K] belongs to the log-probs of `ids` and
-    `grad_entropy` [C] to the entropy; `rest` are the log-mass [C] of the tokens other than `ids` and its
-    gradient [C]. With p = softmax(z): d log p_k / dz = onehot_k - p, dH / dz = -p (log p + H), and with r the
-    distribution among the others, d log rest / dz = r - p.
+    `log_probs` [C, V] is the whole distribution, and is used up; `grad_chosen` [C, K] belongs to the log-probs
+    of `ids` and `grad_entropy` [C] to the entropy; `rest` are the log-mass [C] of the tokens other than `ids` and
+    its gradient [C]. With p = softmax(z): d log p_k / dz = onehot_k - p, dH / dz = -p (log p + H), and with r
+    the distribution among the others, d log rest / dz = r - p.
     """
-    probs = log_probs.exp()
+    among = None
+    if rest is not None:
+        among = log_probs.sub(rest[0][:, None]).scatter_(1, ids, -torch.inf).exp_()
+    probs = log_probs.exp_() if grad_entropy is None else log_probs.exp()
     factor = torch.zeros_like(entropy)[:, None]
     if grad_chosen is not None:
         factor = factor - grad_chosen.sum(dim=1, keepdim=True)
+    if rest is not None:
+        factor = factor - rest[1][:, None]
     if grad_entropy is not None:
         factor = factor - grad_entropy[:, None] * (log_probs + entropy[:, None])
-    if rest is not None:
-        log_rest, grad_rest = rest
-        factor = factor - grad_rest[:, None]
     gradient = probs.mul_(factor)
-    if rest is not None:
-        among = log_probs.sub(log_rest[:, None]).scatter_(1, ids, -torch.inf).exp_()
-        gradient.addcmul_(among, grad_rest[:, None])
+    if among is not None and rest is not None:
+        gradient.addcmul_(among, rest[1][:, None])
     if grad_chosen is not None:
         gradient.scatter_add_(1, ids, grad_chosen.to(gradient.dtype))
     return gradient

@@ -1,4 +1,4 @@
-"""However a batch is split, over micro-batches or ranks, it gives one gradient.
+"""However a batch is split, over micro-batches or ranks, packed or padded, it gives one gradient.
 
 The gradient is read off the weights after one step of an AdamW that moves them by g / (|g| + 1).
 """
@@ -26,6 +26,8 @@ EXTRAS = (
     "--use-tis",
 )
 TOLERANCE = 2e-6
+PADDED = ("--train-layout", "padded")
+"""Packed is the default, of the expected gradients too."""
 TEACHER_TEXT = (
     "--rm-url",
     "http://127.0.0.1:1/generate",
@@ -103,8 +105,12 @@ SPLITS = {
     "one batch each": ONE_BATCH,
     "by samples": ("--micro-batch-size", "2"),
     "by tokens": tokens(45),
+    "padded, by tokens": (*PADDED, *tokens(45)),
 }
-RANK_CASES = [*(("token mean", name) for name in SPLITS), ("sample mean", "by tokens")]
+RANK_CASES = [
+    *(("token mean", name) for name in SPLITS),
+    *(("sample mean", name) for name in ("by tokens", "padded, by tokens")),
+]
 
 
 def assert_same(outcome: Outcome, expected: Outcome) -> None:
@@ -122,6 +128,8 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
         ("token mean", tokens(60)),
         ("sample mean", ("--micro-batch-size", "4")),
         ("sample mean", tokens(60)),
+        ("token mean", (*PADDED, *tokens(60))),
+        ("sample mean", (*PADDED, "--micro-batch-size", "4")),
     ],
 )
 def test_micro_batches_do_not_change_the_gradient(
@@ -142,13 +150,17 @@ def test_ranks_do_not_change_the_gradient(
     assert outcomes[0].metrics == outcomes[1].metrics
 
 
+def test_padding_does_not_change_the_gradient(model: Path, whole: dict[str, Outcome]) -> None:
+    assert_same(train(model, job("token mean", (*PADDED, *ONE_BATCH))), whole["token mean"])
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_no_signal_depends_on_the_split(
     model: Path, two_ranks: dict[str, list[Outcome]], signal: str, reduction: str
 ) -> None:
     expected = train(model, signal_job(signal, reduction, ONE_BATCH))
-    assert_same(train(model, signal_job(signal, reduction, ("--micro-batch-size", "2"))), expected)
+    assert_same(train(model, signal_job(signal, reduction, (*PADDED, "--micro-batch-size", "2"))), expected)
     for outcome in two_ranks[f"{signal}, {reduction}"]:
         assert_same(outcome, expected)
 

@@ -46,6 +46,7 @@ class FsdpBackend:
             masked_ids=masked_ids,
             freeze_vision_tower=args.freeze_vision_tower,
             gradient_checkpointing=args.gradient_checkpointing,
+            packed=args.train_layout == "packed",
         )
         self._reference: PolicyModel | None = None
         if args.kl_loss_coef > 0:
@@ -56,6 +57,7 @@ class FsdpBackend:
                 chunk_size=args.logprob_chunk_size,
                 masked_ids=masked_ids,
                 trainable=False,
+                packed=args.train_layout == "packed",
             )
         self._optimizer = build_adamw(
             self._student,

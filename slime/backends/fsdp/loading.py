@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from slime.backends.fsdp.attention import PACKED, require_packable
 from slime.backends.fsdp.model import PolicyModel
 
 
@@ -32,13 +33,17 @@ def load_policy(
     trainable: bool = True,
     freeze_vision_tower: bool = False,
     gradient_checkpointing: bool = False,
+    packed: bool = True,
 ) -> PolicyModel:
     """Return the model at `path` sharded over `mesh`.
 
     Its weights are float32 where it is trained and gathered in `compute_dtype`.
-    Its distribution is over all tokens but `masked_ids`.
+    Its distribution is over all tokens but `masked_ids`. It reads packed micro-batches, or padded ones.
     A model that is not trained (`trainable=False`) is stored in `compute_dtype`. Collective: every rank calls
     it.
+
+    Raises:
+        ValueError: the model cannot read packed micro-batches.
     """
     config = AutoConfig.from_pretrained(path)
     config.get_text_config().attention_dropout = (
@@ -47,8 +52,10 @@ def load_policy(
     auto_class = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     storage_dtype = torch.float32 if trainable else compute_dtype
     with torch.device("meta"):
-        hf = auto_class.from_config(config, dtype=storage_dtype, attn_implementation="sdpa")
-    policy = PolicyModel(hf, chunk_size, masked_ids)
+        hf = auto_class.from_config(
+            config, dtype=storage_dtype, attn_implementation=_attention(config, packed)
+        )
+    policy = PolicyModel(hf, chunk_size, masked_ids, packed=packed)
     policy.requires_grad_(trainable)
     if freeze_vision_tower and policy.vision_tower is not None:
         policy.vision_tower.requires_grad_(False)
@@ -60,6 +67,16 @@ def load_policy(
     hf.tie_weights()
     _distribute(hf, _read_on_rank_zero(auto_class, path, config))
     return policy
+
+
+def _attention(config: PreTrainedConfig, packed: bool) -> str | dict[str, str]:
+    """Return which attention runs; a vision tower separates its pictures by itself."""
+    if not packed:
+        return "sdpa"
+    require_packable(config)
+    if not hasattr(config, "vision_config"):
+        return PACKED
+    return {"": "sdpa", "text_config": PACKED, "vision_config": "sdpa"}
 
 
 def _shard(policy: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

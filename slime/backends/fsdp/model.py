@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from slime.backends.base import LossInputs
 from slime.backends.batching import MicroBatch
+from slime.backends.fsdp.attention import borders
 from slime.backends.fsdp.outputs import ResponseOutputs
 
 Result = TypeVar("Result")
@@ -24,13 +26,23 @@ Result = TypeVar("Result")
 class PolicyModel(nn.Module):
     """The root module that FSDP shards: `forward(batch, use)` calls `use` with the response outputs."""
 
-    def __init__(self, hf: PreTrainedModel, chunk_size: int, masked_ids: Sequence[int] = ()) -> None:
-        """Wrap `hf`, a causal language model with or without a vision tower; `masked_ids` are never
-        sampled."""
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        chunk_size: int,
+        masked_ids: Sequence[int] = (),
+        *,
+        packed: bool = True,
+    ) -> None:
+        """Wrap `hf`, a causal language model with or without a vision tower; `masked_ids` are never sampled.
+
+        With `packed` its attention is `packed_attention`; else one that reads a mask.
+        """
         super().__init__()
         self.hf = hf
         self._chunk_size = chunk_size
         self._masked_ids = tuple(masked_ids)
+        self._packed = packed
 
     @property
     def vision_tower(self) -> nn.Module | None:
@@ -55,19 +67,40 @@ class PolicyModel(nn.Module):
                     "vision tower; train a vision-language model, or drop --multimodal-keys."
                 )
             return model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                input_ids=batch.input_ids, **self._separation(batch), use_cache=False
             ).last_hidden_state
         if not batch.picture_rows:
             return self._text_beside_idle_tower(batch)
         features, grids = _image_features(model, batch)
+        separation = self._separation(batch)
+        if batch.lengths is not None:
+            separation["position_ids"] = _picture_positions(model, batch, batch.lengths, grids)
         return model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            **separation,
             mm_token_type_ids=batch.image_token_mask,
             image_grid_thw=grids,
             mm_encoder_outputs={"image": features},
             use_cache=False,
         ).last_hidden_state
+
+    def _separation(self, batch: MicroBatch) -> dict[str, Any]:
+        """Return what keeps samples apart: the mask of padded rows, or borders and positions in one row."""
+        if (batch.lengths is not None) != self._packed:
+            kinds = ("padded", "packed")
+            raise ValueError(
+                f"a {kinds[batch.lengths is not None]} micro-batch was given to a model that reads "
+                f"{kinds[self._packed]} ones; --train-layout says which, to both."
+            )
+        if batch.lengths is None:
+            return {"attention_mask": batch.attention_mask}
+        device = batch.input_ids.device
+        counts = torch.cat([torch.arange(length) for length in batch.lengths]).to(device)
+        return {
+            "attention_mask": None,
+            "position_ids": counts[None],
+            **borders(batch.lengths, device),
+        }
 
     def _text_beside_idle_tower(self, batch: MicroBatch) -> Tensor:
         """Run the vision tower on a blank picture times zero, then the text, so that ranks gather in step.
@@ -87,7 +120,7 @@ class PolicyModel(nn.Module):
         embeddings = model.get_input_embeddings()(batch.input_ids)
         embeddings = embeddings + 0 * torch.stack([part.sum() for part in parts]).sum()
         return model.language_model(
-            inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False
+            inputs_embeds=embeddings, **self._separation(batch), use_cache=False
         ).last_hidden_state
 
 
@@ -102,3 +135,15 @@ def _image_features(model: Any, batch: MicroBatch) -> tuple[BaseModelOutputWithD
     deepstack: Any = [[level[row] for row in rows] for level in features.deepstack_features]
     spread = BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
     return spread, batch.picture_grids[rows]
+
+
+def _picture_positions(model: Any, batch: MicroBatch, lengths: Sequence[int], grids: Tensor) -> Tensor:
+    """Return the mRoPE positions [3, 1, T] of a packed row: each sample's own, from 0 on."""
+    ids, kinds, mask = (
+        pad_sequence(list(row[0].split(list(lengths))), batch_first=True)
+        for row in (batch.input_ids, batch.image_token_mask, batch.attention_mask)
+    )
+    positions, _ = model.get_rope_index(
+        ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask
+    )
+    return positions[:, None, mask.bool()]

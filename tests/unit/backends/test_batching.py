@@ -31,9 +31,21 @@ def sample(index: int, tokens: list[int], response: int, **parts: Any) -> TrainS
     )
 
 
-def test_rows_are_padded_right_and_responses_lie_flat(processor: Any) -> None:
+def test_packed_samples_lie_end_to_end(processor: Any) -> None:
     samples = [sample(4, [11, 12, 13], 2), sample(9, [21, 22, 23, 24, 25], 1)]
     batch = MicroBatchBuilder(processor, {}).build(samples)
+    assert batch.lengths == (3, 5)
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 23, 24, 25]]
+    assert batch.attention_mask.tolist() == [[1] * 8]
+    assert batch.response_ids.tolist() == [12, 13, 25]
+    assert batch.response_positions.tolist() == [0, 1, 6]
+    assert batch.sample_rows.tolist() == [0, 0, 1]
+
+
+def test_rows_are_padded_right_and_responses_lie_flat(processor: Any) -> None:
+    samples = [sample(4, [11, 12, 13], 2), sample(9, [21, 22, 23, 24, 25], 1)]
+    batch = MicroBatchBuilder(processor, {}, packed=False).build(samples)
+    assert batch.lengths is None
     assert batch.sample_indices == (4, 9)
     assert batch.input_ids.tolist() == [[11, 12, 13, 0, 0], [21, 22, 23, 24, 25]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
@@ -61,7 +73,7 @@ def test_pads_expand_and_each_picture_is_processed_once(processor: Any) -> None:
         sample(1, [pad, pad, 9], 1, **both),
         sample(2, [50, 51], 1),
     ]
-    builder = MicroBatchBuilder(processor, pictures)
+    builder = MicroBatchBuilder(processor, pictures, packed=False)
     batch = builder.build(samples)
     short, long = (t * h * w // 4 for t, h, w in grids)
     assert batch.input_ids.shape == (3, short + long + 1)
@@ -73,6 +85,10 @@ def test_pads_expand_and_each_picture_is_processed_once(processor: Any) -> None:
     assert batch.pixel_values is not None
     assert batch.pixel_values.shape == (4 * (short + long), 3 * 2 * 16 * 16)
     assert batch.response_ids.tolist() == [8, 9, 9, 51]
+    packed = MicroBatchBuilder(processor, pictures).build(samples)
+    assert packed.lengths == (3 + long, short + long + 1, 2)
+    assert packed.image_token_mask[0].tolist() == batch.image_token_mask[batch.attention_mask == 1].tolist()
+    assert packed.picture_rows == batch.picture_rows
 
 
 def test_a_shards_pictures_are_processed_once(processor: Any) -> None:
@@ -110,7 +126,9 @@ def test_the_pixels_are_the_processors_own(processor: Any) -> None:
 def test_no_samples_give_a_dummy_with_empty_responses(processor: Any) -> None:
     batch = MicroBatchBuilder(processor, {}).build([])
     assert batch.input_ids.shape == (1, 2)
+    assert batch.lengths == (2,)
     assert batch.attention_mask.all()
+    assert MicroBatchBuilder(processor, {}, packed=False).build([]).input_ids.shape == (1, 2)
     for name in ("response_ids", "response_positions", "loss_mask", "advantages"):
         assert getattr(batch, name).shape == (0,)
     assert batch.teacher_log_probs is not None

@@ -33,13 +33,16 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_text_model(tmp_path_factory.mktemp("text"))
 
 
-def make_batch(model: Path, samples: list[Sample], pictures: dict[str, bytes]) -> MicroBatch:
+def make_batch(
+    model: Path, samples: list[Sample], pictures: dict[str, bytes], *, packed: bool = True
+) -> MicroBatch:
     shard = build_shards(make_args(model, *DISTILL, *ONE_BATCH), samples, pictures, 1, 0)[0]
-    return MicroBatchBuilder(load_processor(model), pictures).build(shard.samples)
+    return MicroBatchBuilder(load_processor(model), pictures, packed=packed).build(shard.samples)
 
 
-def plain_log_probs(model: Any, batch: MicroBatch, processor: Any, pictures: dict[str, bytes]) -> Tensor:
-    """Return the log-probs [P] of the response through transformers' own forward pass with all logits."""
+def plain_log_probs(model: Any, batch: MicroBatch) -> Tensor:
+    """Return the log-probs [P] of the response through transformers' own padded forward pass."""
+    assert batch.lengths is None
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.pixel_values is not None and batch.picture_grids is not None:
         sizes = batch.picture_grids.prod(-1).tolist()
@@ -57,11 +60,10 @@ def plain_log_probs(model: Any, batch: MicroBatch, processor: Any, pictures: dic
 def test_log_probs_are_transformers_own_on_the_shipped_student(pictures_in: tuple[bool, ...]) -> None:
     path = checkpoint_path("student")
     samples, pictures = make_samples(8, with_pictures=pictures_in)
-    batch = make_batch(path, samples, pictures)
     reference = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     with joined(make_args(path, *DISTILL)) as backend, torch.no_grad():
-        (log_probs,) = backend.compute_log_probs([batch])
-        expected = plain_log_probs(reference, batch, load_processor(path), pictures)
+        (log_probs,) = backend.compute_log_probs([make_batch(path, samples, pictures)])
+        expected = plain_log_probs(reference, make_batch(path, samples, pictures, packed=False))
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
 
 
@@ -83,7 +85,7 @@ def test_a_text_model_trains_and_refuses_pictures(text_model: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
     with joined(make_args(text_model, *DISTILL)) as backend, torch.no_grad():
         (log_probs,) = backend.compute_log_probs([batch])
-        expected = plain_log_probs(reference, batch, None, pictures)
+        expected = plain_log_probs(reference, make_batch(text_model, samples, pictures, packed=False))
         torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
         with pytest.raises(
             ValueError, match=r"samples \(0, .* carry pictures and Qwen3ForCausalLM has no vision"
@@ -101,7 +103,7 @@ def test_three_steps_are_those_of_plain_adamw(vision_model: Path) -> None:
     outcome = train(vision_model, Job(flags, samples, pictures, rollouts=3))
 
     model = AutoModelForImageTextToText.from_pretrained(vision_model, dtype=torch.float32)
-    batch = make_batch(vision_model, samples, pictures)
+    batch = make_batch(vision_model, samples, pictures, packed=False)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -110,7 +112,7 @@ def test_three_steps_are_those_of_plain_adamw(vision_model: Path) -> None:
         eps=0.01,
     )
     for step, lr in enumerate((0.005, 0.01, 0.01)):
-        log_probs = plain_log_probs(model, batch, load_processor(vision_model), pictures)
+        log_probs = plain_log_probs(model, batch)
         assert batch.teacher_log_probs is not None
         advantages = batch.advantages - (log_probs.detach() - batch.teacher_log_probs)
         weights = batch.loss_mask / batch.loss_mask.sum()

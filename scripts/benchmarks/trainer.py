@@ -1,0 +1,156 @@
+"""Our trainer beside the plain way: tokens per second and peak memory of a step.
+
+    python -m scripts.benchmarks.trainer
+
+Each way has a process of its own, and they take turns. `docs/trainer.md` says what the plain way is, what the
+rows mean and what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from scripts.benchmarks.training.report import Record, ratios, sizes, table
+from scripts.benchmarks.training.workload import Shape, save_model
+from slime.engines.process import PROJECT_ROOT
+
+WAYS = ("plain", "ours")
+TOLERANCE = 1e-3
+DEFAULT = Shape()
+
+
+class Worker:
+    """A way in a process of its own, which takes one optimizer step a turn."""
+
+    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
+        self._process = process
+        self._name = name
+
+    def turn(self) -> Record:
+        """Take a step.
+
+        Raises:
+            RuntimeError: the way failed; its own words are on stderr.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the {self._name} way ended in the middle of a step; see above.")
+        return json.loads(line)
+
+
+@contextmanager
+def worker(name: str, model: Path, shape: Shape, threads: int) -> Iterator[Worker]:
+    """Run one way until the block ends."""
+    command = [sys.executable, "-m", "scripts.benchmarks.training.worker", name]
+    command += ["--model", str(model), "--shape", json.dumps(asdict(shape)), "--threads", str(threads)]
+    env = dict(os.environ) | {"PYTHONPATH": str(PROJECT_ROOT)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+    ) as process:
+        yield Worker(process, name)
+
+
+def compare(model: Path, shape: Shape, rounds: int, threads: int) -> dict[str, list[Record]]:
+    """Let the ways take turns, in alternating order; return each one's records.
+
+    The first round warms up, makes the optimizers' states, and must come to the same on both ways.
+
+    Raises:
+        RuntimeError: it does not, or one failed.
+    """
+    records: dict[str, list[Record]] = {name: [] for name in WAYS}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(worker(name, model, shape, threads)) for name in WAYS}
+        require_same_step({name: workers[name].turn() for name in WAYS})
+        for number in range(rounds):
+            for name in WAYS if number % 2 else reversed(WAYS):
+                records[name].append(workers[name].turn())
+    return records
+
+
+def require_same_step(first: dict[str, Record]) -> None:
+    """Raise RuntimeError unless both ways took the same first step."""
+    plain, ours = (first[name]["values"] for name in WAYS)
+    for name, value in plain.items():
+        if not math.isclose(value, ours[name], rel_tol=TOLERANCE):
+            raise RuntimeError(
+                f"the two ways took different steps: {name} {value:.6g} the plain way, {ours[name]:.6g} "
+                "ours; one of them errs."
+            )
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Measure and print."""
+    shape = Shape(
+        vocabulary=options.vocabulary,
+        prompts=options.prompts,
+        samples=options.samples,
+        longest=options.longest,
+        side=options.side,
+    )
+    save_model(folder, shape.vocabulary)
+    say(sizes(shape) + "\n")
+    records = compare(folder, shape, options.rounds, options.threads)
+    say(table(shape, records["plain"], records["ours"]))
+    if options.json:
+        better = ratios(shape, records["plain"], records["ours"])
+        options.json.write_text(json.dumps({"shape": asdict(shape), "records": records, "ratios": better}))
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m scripts.benchmarks.trainer",
+        description="Our trainer beside the plain way (padded batches, all logits) in the same run.",
+        allow_abbrev=False,
+    )
+    whole = {
+        "vocabulary": "tokens of the vocabulary",
+        "prompts": "prompts of a step, with a picture each",
+        "samples": "n, samples a prompt",
+        "longest": "tokens of the longest response; the shortest has 32",
+        "side": "of a picture, in pixels",
+    }
+    for name, text in whole.items():
+        default = getattr(DEFAULT, name)
+        made.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    made.add_argument("--rounds", type=int, default=3, help="counted steps of each way (default: 3)")
+    made.add_argument("--threads", type=int, default=1, help="compute threads of each way (default: 1)")
+    made.add_argument("--json", type=Path, metavar="PATH", help="write every step's numbers there")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 2 where the ways disagree or the environment does not allow it."""
+    options = parser().parse_args(argv)
+    say(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run(options, Path(folder))
+        except RuntimeError as error:
+            sys.stderr.write(f"trainer: {error}\n")
+            return 2
+    say(f"\nload at the end {os.getloadavg()[0]:.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
