@@ -305,8 +305,8 @@ def test_a_whole_recording_is_accepted(tmp_path: Path):
          "--rollout-batch-size 3 --n-samples-per-prompt 2, and this run has --rollout-batch-size 4 --n-s"),
         ((0, 1), 0, ("--custom-rm-path", "a.b"), "judged with --custom-rm-path None, and this run has a.b"),
         ((0, 1), 0, ("--rm-type", "a.b"), "judged with --rm-type None, and this run has a.b"),
-        ((0, 1), 0, ("--rollout-temperature", "0.5"), "sampled with --rollout-temperature 1.0, and .* has 0.5"),
-        ((0, 1), 0, ("--opd-loss", "topk", "--sample-from", "teacher"), "sampled with --sample-from student"),
+        ((0, 1), 0, ("--rollout-temperature", "0.5"), "sampled with --rollout-temperature 1.0, .* has 0.5"),
+        ((0, 1), 0, ("--opd-loss", "topk", "--sample-from", "teacher"), "with --sample-from student"),
     ],
 )  # fmt: skip
 def test_a_recording_that_does_not_fit_is_found_at_the_start(
