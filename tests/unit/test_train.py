@@ -221,6 +221,19 @@ def test_a_checkpoint_of_a_run_ahead_stands_before_the_rollout_that_is_not_train
     assert [metrics["rollout/steps_behind"] for _, _, metrics in tracker.rollouts] == [0, 1]
 
 
+def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():
+    calls: list[str] = []
+
+    class Failing(_Trainers):
+        def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
+            raise RuntimeError("the loss is no number")
+
+    parts = (AHEAD, _Tracker(), _Rollouts(calls), Failing(calls))
+    with pytest.raises(RuntimeError, match="the loss is no number"):
+        loop.train(*cast(Any, parts))
+    assert calls[-2:] == ["generate 0", "order 1"]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_an_exit_status(monkeypatch, capsys, number, status):
     def interrupted(args):
