@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flags = (*job_flags(data, teacher.url, options.rollouts), *MODES[mode])
                 run = measure(flags, folder, teacher, options.warm_up)
                 runs[mode].append(run)
-                print(f"{folder.name}: {run.steps_per_minute:.1f} steps a minute", file=sys.stderr)
-    print(table(runs, len(os.sched_getaffinity(0))))
+                sys.stderr.write(f"{folder.name}: {run.steps_per_minute:.1f} steps a minute\n")
+    sys.stdout.write(table(runs, len(os.sched_getaffinity(0))) + "\n")
     return 0
 
 

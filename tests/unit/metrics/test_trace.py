@@ -9,14 +9,14 @@ import pytest
 
 from slime.metrics.trace import TRACE_FILE, Span, Stopwatch, Trace, read_trace
 
-GENERATION = Span(stage="generation", start=1000.5, seconds=0.25, facts={"rollout": 3})
+GENERATION = Span(stage="generation", start=1000.5, seconds=0.25, facts={"id": 3})
 GOLDEN = """[
 {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "rollout"}},
 {"name": "thread_name", "ph": "M", "pid": 1, "tid": 1, "args": {"name": "generation"}},
-{"name": "generation", "ph": "X", "pid": 1, "tid": 1, "ts": 1000500000, "dur": 250000, "args": {"rollout": 3}},
+{"name": "generation", "ph": "X", "pid": 1, "tid": 1, "ts": 1000500000, "dur": 250000, "args": {"id": 3}},
 {"name": "process_name", "ph": "M", "pid": 2, "args": {"name": "train_0"}},
 {"name": "thread_name", "ph": "M", "pid": 2, "tid": 2, "args": {"name": "train"}},
-{"name": "train", "ph": "X", "pid": 2, "tid": 2, "ts": 1000600000, "dur": 1500000, "args": {"rollout": 2}},
+{"name": "train", "ph": "X", "pid": 2, "tid": 2, "ts": 1000600000, "dur": 1500000, "args": {"id": 2}},
 {"name": "generation", "ph": "X", "pid": 1, "tid": 1, "ts": 1002000000, "dur": 500000, "args": {}}
 ]
 """
@@ -25,7 +25,7 @@ GOLDEN = """[
 def _write(folder: Path) -> Trace:
     trace = Trace(folder)
     trace.add("rollout", GENERATION)
-    trace.add("train_0", Span(stage="train", start=1000.6, seconds=1.5, facts={"rollout": 2}))
+    trace.add("train_0", Span(stage="train", start=1000.6, seconds=1.5, facts={"id": 2}))
     trace.add("rollout", Span(stage="generation", start=1002.0, seconds=0.5))
     return trace
 
