@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from slime.engines.process import ServerProcess
-from tests.fakes.jobs import arguments, running
+from tests.fakes.jobs import arguments, running, start_teacher
 
 ROLLOUTS = 4
+ENDLESS = ("--async-rollout", "--num-rollout", "1000", "--skip-eval-before-train")
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,40 @@ def test_a_resumed_run_generates_the_rollout_that_was_not_trained_on_again(
     for number in (2, 3):
         assert rows(folder, number)["group_index"] == rows(ahead, number)["group_index"]
     assert [rows(folder, number)["weight_versions"][0] for number in (2, 3)] == [["2"], ["2"]]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_that_generates_and_trains_at_once(
+    data: dict[str, Path], teacher: ServerProcess, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    with running(arguments(data, teacher.url, folder, *ENDLESS), folder) as job:
+        job.wait_for(r"rollout +2/1000")
+        job.interrupt()
+        assert job.wait(60) == 130, job.console
+        job.assert_nothing_left()
+    assert "Traceback" not in job.console
+    assert json.loads((folder / "trace.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_teacher_that_dies_ends_a_run_that_trains_meanwhile(data: dict[str, Path], tmp_path: Path):
+    folder = tmp_path / "run"
+    flags = (
+        "--async-rollout",
+        "--num-rollout",
+        "1000",
+        "--skip-eval-before-train",
+        "--teacher-patience",
+        "5",
+    )
+    with (
+        start_teacher(tmp_path / "teacher.log") as doomed,
+        running(arguments(data, doomed.url, folder, *flags), folder) as job,
+    ):
+        job.wait_for(r"rollout +2/1000")
+        os.kill(doomed.pid, signal.SIGKILL)
+        assert job.wait(120) == 1, job.console
+        job.assert_nothing_left()
+    last = job.console.strip().splitlines()[-1]
+    assert doomed.url in last
