@@ -63,9 +63,10 @@ class Supply:
         """Return once nothing is being generated; call it when the training ends."""
         trained, idle = time.time(), self._taken
         if self._ordered is not None:
-            self._ahead, self._ordered = self._rollouts.result(self._ordered), None
+            ahead: RolloutResult = self._rollouts.result(self._ordered)
+            self._ahead, self._ordered = ahead, None
             self._waited("rollout", trained, time.time())
-            idle = max(self._ahead.ended, self._taken)
+            idle = max(ahead.ended, self._taken)
         self._waited("train", min(idle, trained), trained)
 
     def state_dict(self) -> dict[str, Any]:
