@@ -24,12 +24,20 @@ import psutil
 from slime.engines.process import PROJECT_ROOT, ServerProcess, free_port, start_server
 from slime.metrics.trace import TRACE_FILE, read_trace
 from slime.metrics.tracker import METRICS_FILE, read_metrics
+from slime.ray.interrupts import listen
 from slime.tiny.paths import checkpoint_path, ensure_dataset
 
 MODES: dict[str, tuple[str, ...]] = {"synchronous": (), "ahead": ("--async-rollout",)}
 TEACHER_SECONDS = 300.0
 RUN_SECONDS = 1800.0
 POLL_SECONDS = 0.1
+WHO = {
+    "ray::RolloutActor": "rollout side",
+    "ray::TrainActor": "trainer",
+    "slime.engines.transformers_engine": "student's engine",
+    "": "driver, Ray and others",
+}
+"""What a command line shows of a process of the job -> what it is."""
 ROWS = (
     ("turn of the loop, s", "perf/step_seconds"),
     ("… rollout, s", "perf/rollout_seconds"),
@@ -50,15 +58,21 @@ class Run:
     steps_per_minute: float
     medians: Mapping[str, float]
     """Metric -> median over the turns."""
-    cpu_seconds: float
-    """Of all processes of the job and the teacher's, a turn."""
+    cpu: Mapping[str, float]
+    """Who -> CPU seconds a turn."""
     beside_share: float
     """Of the time in which was trained, how much saw a generation too."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all processes, a turn."""
+        return sum(self.cpu.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table."""
     options = _parser().parse_args(argv)
+    listen()  # a signal ends the job and the teacher too
     out: Path = options.out.resolve()
     data = out / "data"
     ensure_dataset(data)
@@ -123,7 +137,7 @@ def measure(flags: Sequence[str], folder: Path, teacher: ServerProcess, warm_up:
 def summary(
     records: Sequence[Mapping[str, float]],
     events: Sequence[Mapping[str, Any]],
-    cpu: Sequence[float],
+    cpu: Sequence[Mapping[str, float]],
     warm_up: int,
 ) -> Run:
     """Return what the turns after the first `warm_up` were like.
@@ -131,7 +145,7 @@ def summary(
     Args:
         records: the metrics of each turn.
         events: the trace.
-        cpu: CPU seconds used before the end of each turn.
+        cpu: who used how many CPU seconds before the end of each turn.
         warm_up: turns that do not count.
     """
     turns = [record for record in records if record["rollout_id"] >= warm_up]
@@ -141,7 +155,7 @@ def summary(
     return Run(
         steps_per_minute=60.0 / medians["perf/step_seconds"],
         medians=medians,
-        cpu_seconds=(cpu[-1] - cpu[warm_up - 1]) / (len(cpu) - warm_up),
+        cpu={who: (cpu[-1][who] - cpu[warm_up - 1][who]) / (len(cpu) - warm_up) for who in cpu[-1]},
         beside_share=common(trainings, generations) / sum(end - start for start, end in trainings),
     )
 
@@ -181,6 +195,8 @@ def table(runs: Mapping[str, Sequence[Run]], cores: int) -> str:
         row(what, *medians(lambda run, name=name: run.medians.get(name, 1.0)))
     row("training beside a generation, share", *medians(lambda run: run.beside_share))
     row("CPU time of all processes a turn, s", *medians(lambda run: run.cpu_seconds))
+    for who in first[0].cpu:
+        row(f"… {who}, s", *medians(lambda run, who=who: run.cpu[who]))
     filled = medians(lambda run: run.cpu_seconds / run.medians["perf/step_seconds"] / cores)
     row(f"… of what {cores} cores have, share", *filled)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
@@ -189,29 +205,35 @@ def table(runs: Mapping[str, Sequence[Run]], cores: int) -> str:
     return "\n".join(lines)
 
 
-def _cpu_at_turns(job: subprocess.Popen[bytes], folder: Path, teacher: ServerProcess) -> list[float]:
-    """Wait for the job's end; return the CPU seconds that were used when each turn's metrics were written."""
+def _cpu_at_turns(
+    job: subprocess.Popen[bytes], folder: Path, teacher: ServerProcess
+) -> list[dict[str, float]]:
+    """Wait for the job's end; return who had used how many CPU seconds when each turn was written."""
     deadline = time.monotonic() + RUN_SECONDS
-    seen: list[float] = []
+    seen: list[dict[str, float]] = []
     while job.poll() is None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{folder.name} still runs after {RUN_SECONDS:g} s; look at its console.log.")
         turns = len(read_metrics(folder))
-        seen += [_cpu_seconds(job.pid, teacher.pid)] * (turns - len(seen))
+        if turns > len(seen):
+            seen += [_cpu_seconds(job.pid, teacher.pid)] * (turns - len(seen))
         time.sleep(POLL_SECONDS)
     return seen
 
 
-def _cpu_seconds(*roots: int) -> float:
-    """Return the CPU time of living processes and all that they started."""
-    total = 0.0
-    for root in roots:
-        try:
-            family = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
-            total += sum(sum(process.cpu_times()[:2]) for process in family)
-        except psutil.NoSuchProcess:
-            continue
-    return total
+def _cpu_seconds(job: int, teacher: int) -> dict[str, float]:
+    """Return the CPU time of the job's living processes and of the teacher's, by what they do."""
+    used = dict.fromkeys(("teacher", *WHO.values()), 0.0)
+    for root, known in ((teacher, "teacher"), (job, None)):
+        parent = psutil.Process(root)
+        for process in [parent, *parent.children(recursive=True)]:
+            try:
+                command, times = " ".join(process.cmdline()), process.cpu_times()
+            except psutil.NoSuchProcess:  # it has just ended
+                continue
+            who = known or next(name for word, name in WHO.items() if word in command)
+            used[who] += times.user + times.system
+    return used
 
 
 def _parser() -> argparse.ArgumentParser:

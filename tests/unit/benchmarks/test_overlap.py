@@ -31,7 +31,12 @@ EVENTS = [
 
 
 def test_the_first_turns_do_not_count():
-    run = summary(_records([9.0, 2.0, 1.0, 2.0]), EVENTS, cpu=[10.0, 12.0, 13.0, 14.0], warm_up=1)
+    run = summary(
+        _records([9.0, 2.0, 1.0, 2.0]),
+        EVENTS,
+        cpu=[{"all": 10.0}, {"all": 12.0}, {"all": 13.0}, {"all": 14.0}],
+        warm_up=1,
+    )
     assert run.steps_per_minute == 30
     assert run.cpu_seconds == pytest.approx(4 / 3)
     assert run.medians == {"perf/step_seconds": 2.0, "perf/scoring_exposed_share": 0.25}
@@ -41,14 +46,16 @@ def test_training_beside_a_generation_is_a_share_of_the_training():
     trainings, generations = intervals(EVENTS, "train"), intervals(EVENTS, "generation")
     assert common(trainings, generations) == 15
     assert intervals(EVENTS, "train", 2) == [(25, 45)]
-    run = summary(_records([9.0, 2.0, 1.0]), EVENTS, cpu=[10.0, 12.0, 13.0], warm_up=1)
+    run = summary(
+        _records([9.0, 2.0, 1.0]), EVENTS, cpu=[{"all": 10.0}, {"all": 12.0}, {"all": 13.0}], warm_up=1
+    )
     assert run.beside_share == 0.5
 
 
 def test_ratios_are_within_a_round():
     def run(steps: float) -> Run:
         medians = {"perf/step_seconds": 60 / steps}
-        return Run(steps_per_minute=steps, medians=medians, cpu_seconds=0.5, beside_share=0.0)
+        return Run(steps_per_minute=steps, medians=medians, cpu={"all": 0.5}, beside_share=0.0)
 
     text = table({"synchronous": [run(60), run(30)], "ahead": [run(90), run(30)]}, cores=2)
     assert "Ahead makes 1.25 times the steps of the synchronous loop (1.00 to 1.50)." in text
