@@ -23,8 +23,8 @@ import psutil
 
 from slime.engines.process import PROJECT_ROOT, ServerProcess, free_port, start_server
 from slime.metrics.trace import TRACE_FILE, read_trace
-from slime.metrics.tracker import METRICS_FILE, read_metrics
-from slime.ray.interrupts import listen
+from slime.metrics.tracker import read_metrics
+from slime.ray.interrupts import exit_status, ignore, listen
 from slime.tiny.paths import checkpoint_path, ensure_dataset
 
 MODES: dict[str, tuple[str, ...]] = {"synchronous": (), "ahead": ("--async-rollout",)}
@@ -72,7 +72,19 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table."""
     options = _parser().parse_args(argv)
-    listen()  # a signal ends the job and the teacher too
+    listen()
+    try:
+        runs = measure_all(options)
+    except KeyboardInterrupt:
+        ignore()
+        sys.stderr.write("Interrupted; job and teacher have been ended.\n")
+        return exit_status()
+    sys.stdout.write(table(runs, len(os.sched_getaffinity(0))) + "\n")
+    return 0
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, list[Run]]:
+    """Return the runs of each mode, one a round."""
     out: Path = options.out.resolve()
     data = out / "data"
     ensure_dataset(data)
@@ -86,14 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in range(options.rounds):
             for mode in list(MODES)[:: 1 if number % 2 == 0 else -1]:
                 folder = out / f"{mode}-{number}"
-                if (folder / METRICS_FILE).exists():
+                if folder.exists():
                     raise SystemExit(f"{folder} holds a run already; give another folder as --out.")
                 flags = (*job_flags(data, teacher.url, options.rollouts), *MODES[mode])
                 run = measure(flags, folder, teacher, options.warm_up)
                 runs[mode].append(run)
                 sys.stderr.write(f"{folder.name}: {run.steps_per_minute:.1f} steps a minute\n")
-    sys.stdout.write(table(runs, len(os.sched_getaffinity(0))) + "\n")
-    return 0
+    return runs
 
 
 def job_flags(data: Path, teacher_url: str, rollouts: int) -> list[str]:
