@@ -126,7 +126,7 @@ def measure(flags: Sequence[str], folder: Path, teacher: ServerProcess, warm_up:
     """Run the job to its end.
 
     Raises:
-        RuntimeError: it failed; the message ends with its console.
+        RuntimeError: it failed; the message ends with what it said last.
     """
     folder.mkdir(parents=True)
     console = folder / "console.log"
@@ -141,7 +141,8 @@ def measure(flags: Sequence[str], folder: Path, teacher: ServerProcess, warm_up:
         finally:
             job.terminate()  # nothing where it has ended
     if job.returncode != 0:
-        raise RuntimeError(f"the job ended with exit status {job.returncode}:\n{console.read_text()}")
+        end = "\n".join(console.read_text().splitlines()[-30:])
+        raise RuntimeError(f"the job ended with exit status {job.returncode}. The end of {console}:\n{end}")
     return summary(read_metrics(folder), read_trace(folder / TRACE_FILE), cpu, warm_up)
 
 
