@@ -22,6 +22,7 @@ from slime.ray.groups import ReplayGroup, RolloutGroup, TrainGroup
 from slime.ray.interrupts import exit_status, ignore, listen
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
+from slime.supply import Supply
 from slime.weight_sync.store import WeightStore
 
 
@@ -39,16 +40,18 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
     if teacher is not None:
         state.teacher = tracker.log_eval(state.rollout_id, trainers.step, rollouts.result(teacher), "teacher")
 
+    supply = Supply(args, rollouts, trainers, tracker.trace)
     for rollout_id in range(state.rollout_id, args.num_rollout):
         if eval_is_due(args, rollout_id):
             evaluate(rollout_id, tracker, rollouts, trainers, state)
-        rollout = rollouts.generate(rollout_id)
+        rollout = supply.take(rollout_id)
         metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
+        supply.settle()
         metrics |= trainers.publish_weights(rollouts)
         state.advance(tokens=int(metrics["response_tokens"]))
         if save_is_due(args, state.rollout_id):
-            metrics |= save(args, rollouts, trainers, state)
-        tracker.log(rollout_id, trainers.step, metrics)
+            metrics |= save(args, supply, trainers, state)
+        tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
 
     if args.eval_sets:
         evaluate(args.num_rollout, tracker, rollouts, trainers, state)
@@ -63,10 +66,10 @@ def evaluate(
     state.saw_student(tracker.log_eval(rollout_id, trainers.step, metrics, "student"), rollout_id)
 
 
-def save(args: Args, rollouts: RolloutGroup, trainers: TrainGroup, state: RunState) -> dict[str, float]:
+def save(args: Args, supply: Supply, trainers: TrainGroup, state: RunState) -> dict[str, float]:
     """Write a checkpoint below `--save`: trainer, position in the data, and the driver's own state."""
     start = time.perf_counter()
-    state.data = rollouts.state_dict()
+    state.data = supply.state_dict()
     partial = begin_checkpoint(Path(args.save or ""), state.rollout_id)
     trainers.save(partial)
     finish_checkpoint(partial, state)
@@ -99,6 +102,7 @@ def run(args: Args) -> None:
     args = replace(args, hf_checkpoint=str(checkpoint))
     with Tracker(args) as tracker, Cluster(args) as cluster:
         tracker.say(cluster.resources.describe())
+        tracker.trace.source = cluster.take_spans
         with WeightStore.create(output_dir, checkpoint, one_machine=cluster.one_machine) as store:
             rollouts = (ReplayGroup if args.replays else RolloutGroup)(cluster, args)
             trainers = TrainGroup(cluster, args, store)

@@ -167,6 +167,11 @@ def _engines(args: Args) -> Iterator[str]:
 def _replay(args: Args) -> Iterator[str]:
     if not args.prompt_data and not args.replays:  # only arguments that are made in code come here
         yield "There are no prompts; add --prompt-data PATH."
+    if args.replays and args.async_rollout:
+        yield (
+            "--async-rollout generates a rollout while another trains, and --load-debug-rollout-data "
+            "generates none. Drop either."
+        )
     if args.replays and args.eval_prompt_data:
         flags = "--eval-prompt-data" + (" and --eval-teacher" if args.eval_teacher else "")
         yield (

@@ -17,7 +17,7 @@ def _is_off_policy(args: Any) -> bool:
     if args.opd_loss == "topk" and args.task_reward_weight == 0 and args.kl_loss_coef == 0:
         return False  # a divergence is a whole expectation at each prefix: nothing sampled is averaged
     one_step = args.global_batch_size in (None, args.samples_per_rollout)  # None: not derived yet
-    return args.rollout_temperature != 1.0 or not one_step
+    return args.rollout_temperature != 1.0 or not one_step or args.async_rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class LossArgs:
     use_tis: bool = flag(
         help="Weigh each sampled token by its truncated importance ratio, trainer over engine.",
         derive=_is_off_policy,
-        derived_from="where --rollout-temperature is not 1, or a rollout is used for several steps",
+        derived_from="where --rollout-temperature is not 1, a rollout is used for several steps, or it is "
+        "sampled ahead (--async-rollout)",
     )
     tis_clip: float = flag(2.0, help="Largest importance weight.", above=0)
     tis_clip_low: float = flag(0.0, help="Smallest importance weight.", at_least=0)

@@ -19,6 +19,11 @@ class RolloutArgs:
     sample_from: Literal["student", "teacher"] = flag(
         "student", help="Who writes the responses that are trained on; teacher: the server at --rm-url."
     )
+    async_rollout: bool = flag(
+        False,
+        help="Generate the next rollout while this one trains. Its weights are one rollout older, which is "
+        "corrected for (--use-tis).",
+    )
     rollout_max_response_len: int = flag(1024, help="Longest response in tokens.", at_least=1)
     rollout_temperature: float = flag(
         1.0,

@@ -50,8 +50,9 @@ def truncated_weights(
 ) -> ImportanceWeights:
     """Return `clip(exp(log_probs - rollout_log_probs), low, high)`: [P], [P] -> [P].
 
-    `log_probs` belong to the policy that is learned about as it was when the tokens were drawn: the old ones
-    where a batch is used for several steps.
+    `log_probs` belong to the policy that is learned about, as it is before the first step on these tokens:
+    the old ones where a batch is used for several steps. Where the engine sampled with weights one rollout
+    older (`--async-rollout`), the ratio holds the steps between as well, and corrects for them.
 
     Raises:
         ValueError: trainer and engine do not cover the same positions, or the bounds leave no room.

@@ -170,10 +170,10 @@ def _logits_gradient(
 ) -> Tensor:
     """Return the gradient [C, V] with respect to one chunk's logits.
 
-    `log_probs` [C, V] is the whole distribution, and is used up; `grad_chosen` [C, K] belongs to the log-probs
-    of `ids` and `grad_entropy` [C] to the entropy; `rest` are the log-mass [C] of the tokens other than `ids` and
-    its gradient [C]. With p = softmax(z): d log p_k / dz = onehot_k - p, dH / dz = -p (log p + H), and with r
-    the distribution among the others, d log rest / dz = r - p.
+    `log_probs` [C, V] is the whole distribution, and is used up; `grad_chosen` [C, K] belongs to the
+    log-probs of `ids` and `grad_entropy` [C] to the entropy; `rest` are the log-mass [C] of the tokens other
+    than `ids` and its gradient [C]. With p = softmax(z): d log p_k / dz = onehot_k - p,
+    dH / dz = -p (log p + H), and with r the distribution among the others, d log rest / dz = r - p.
     """
     among = None
     if rest is not None:

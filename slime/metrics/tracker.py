@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, Self, TextIO
 
 from tensorboard.summary import Writer
 
+from slime.metrics.trace import Trace
+
 METRICS_FILE = "metrics.jsonl"
 CONSOLE_COLUMNS = (
     ("kl", "opd_reverse_kl", "{:.3f}"),
@@ -61,6 +63,7 @@ class Tracker:
         self._num_rollout = args.num_rollout
         self._console = console
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self.trace = Trace(self.output_dir)
         self._tensorboard = Writer(str(self.output_dir / "tensorboard"))
         self._wandb = _start_wandb(args)
 
@@ -70,10 +73,11 @@ class Tracker:
 
     def log(self, rollout_id: int, step: int, metrics: Mapping[str, float]) -> None:
         """Record what rollout `rollout_id` gave, after `step` optimizer steps, and print its line."""
+        self.trace.collect()
         self._record(rollout_id, step, metrics)
         self.say(console_line(rollout_id, self._num_rollout, metrics))
         difference = metrics.get("train_rollout_logprob_abs_diff", 0.0)
-        if difference > APART_NATS:
+        if difference > APART_NATS and not metrics.get("rollout/steps_behind"):
             self.say(
                 f"Warning: engine and trainer are {difference:.2f} nats a token apart on what the engine "
                 "sampled; the engine may hold other weights than were published, or compute in a coarser "
@@ -89,6 +93,7 @@ class Tracker:
             named = metrics
         else:
             named = {name.replace("eval", who + "_eval", 1): value for name, value in metrics.items()}
+        self.trace.collect()
         self._record(rollout_id, step, named)
         self.say(eval_line(rollout_id, metrics, who))
         return metrics["eval/accuracy"]
@@ -98,6 +103,7 @@ class Tracker:
         if self._file.closed:
             return
         self._file.close()
+        self.trace.close()
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()

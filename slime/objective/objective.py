@@ -165,7 +165,8 @@ class Objective:
         """Return how far trainer and engine are apart on the sampled tokens, at the engine's temperature.
 
         Beside another temperature than 1 it is known only where the policy has not moved since the tokens
-        were drawn: with one optimizer step a rollout.
+        were drawn: with one optimizer step a rollout. Of a rollout that was made ahead it shows the step of
+        the policy too.
         """
         if batch.rollout_log_probs is None:
             return {}

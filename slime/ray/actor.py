@@ -12,6 +12,8 @@ from pathlib import Path
 
 import ray
 
+from slime.metrics.trace import Span, Stopwatch
+
 LOG_FOLDER = "logs"
 
 
@@ -37,6 +39,7 @@ class Actor:
         With `on_terminal`, what Python writes to standard error goes to the driver's terminal: the progress
         bar.
         """
+        self.stopwatch = Stopwatch()
         os.environ.update(surroundings.environment)
         path = log_path(surroundings.output_dir, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,11 @@ class Actor:
     def watch(self) -> None:
         """Wait for ever: the caller learns of the actor's death by the end of this call."""
         threading.Event().wait()
+
+    @ray.method(concurrency_group="control")
+    def take_spans(self) -> list[Span]:
+        """Return the stages that ended since the last call."""
+        return self.stopwatch.take()
 
 
 def log_path(output_dir: str, name: str) -> Path:

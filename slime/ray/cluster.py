@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.metrics.trace import Span
 from slime.ray.actor import Actor, Surroundings, log_path, terminal_name
 from slime.ray.interrupts import listen, shielded
 from slime.ray.resources import Resources, plan_resources
@@ -60,6 +61,7 @@ class Cluster:
         self._folder: ScratchFolder | None = None
         self._actors: dict[str, Any] = {}
         self._alarms: dict[ray.ObjectRef, str] = {}
+        self._expected: list[ray.ObjectRef] = []
         self._to_stop: list[Any] = []
         self._surroundings = Surroundings(
             output_dir=str(Path(args.output_dir).resolve()),
@@ -116,13 +118,22 @@ class Cluster:
         """Let the death of the actor, or of the server that it owns, end every `wait`."""
         self._alarms[self._actors[name].watch.remote()] = name
 
+    def expect(self, ref: ray.ObjectRef) -> None:
+        """Let the failure of a call that nobody waits for yet end every `wait`."""
+        self._expected.append(ref)
+
+    def take_spans(self) -> dict[str, list[Span]]:
+        """Return what each actor has measured since the last call."""
+        calls = {name: actor.take_spans.remote() for name, actor in self._actors.items()}
+        return dict(zip(calls, self.wait(list(calls.values())), strict=True))
+
     def stop_at_end(self, handle: Any) -> None:
         """Call `handle.stop` before the actor is killed."""
         self._to_stop.append(handle)
 
     def wait(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
-        """Return the results of all `refs`; raise the first error of any of them, or of a watched actor, at
-        once.
+        """Return the results of all `refs`; raise the first error of any of them, of an expected call, or of
+        a watched actor, at once.
 
         Raises:
             ActorError: a call failed, or an actor died; the message ends with what it said.
@@ -130,12 +141,14 @@ class Cluster:
         owners = dict(self._alarms)
         pending = list(refs)
         while pending:
-            done, _ = ray.wait([*pending, *owners], num_returns=1, timeout=POLL_SECONDS)
+            expected = [ref for ref in self._expected if ref not in refs]
+            done, _ = ray.wait([*pending, *expected, *owners], num_returns=1, timeout=POLL_SECONDS)
             for ref in done:
                 self._result(ref)
                 if ref in owners:
                     raise ActorError(f"{owners[ref]} stopped while it was needed")
             pending = [ref for ref in pending if ref not in done]
+            self._expected = [ref for ref in self._expected if ref not in done]
         return [self._result(ref) for ref in refs]
 
     def stop(self) -> None:
@@ -150,6 +163,7 @@ class Cluster:
                 ray.shutdown()
             self._actors.clear()
             self._alarms.clear()
+            self._expected.clear()
             self._to_stop.clear()
             if self._folder is not None:
                 self._folder.close()

@@ -46,6 +46,15 @@ class RolloutGroup:
         """Sample and score one rollout."""
         return self._call(self._actor.generate, rollout_id)
 
+    def generate_later(self, rollout_id: int) -> ray.ObjectRef:
+        """Order a rollout; `result` waits for it, and whatever is waited for before fails where it fails.
+
+        The actor does one thing at a time, so weights that are sent to it meanwhile come after it.
+        """
+        ref = self._actor.generate.remote(rollout_id)
+        self._cluster.expect(ref)
+        return ref
+
     def evaluate(self, rollout_id: int, who: Who) -> dict[str, float]:
         """Return the held-out accuracy of the student or the teacher."""
         return self._call(self._actor.evaluate, rollout_id, who)

@@ -31,9 +31,11 @@ class ReplayActor(Actor):
     def generate(self, rollout_id: int) -> RolloutResult:
         """Read one rollout and put its shards into the object store."""
         start = time.perf_counter()
-        batch = self._ready().generate(rollout_id)
+        with self.stopwatch.stage("rollout", rollout_id=rollout_id):
+            batch = self._ready().generate(rollout_id)
         read = time.perf_counter()
-        refs = put_shards(self._args, rollout_id, batch, self._ready())
+        with self.stopwatch.stage("shards", rollout_id=rollout_id):
+            refs = put_shards(self._args, rollout_id, batch, self._ready())
         now = time.perf_counter()
         counts = {
             "response_tokens": float(sum(sample.response_length for sample in batch.samples)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ray
@@ -32,6 +32,8 @@ class RolloutResult:
     shards: list[ray.ObjectRef]
     """One `TrainShard` per training rank."""
     metrics: dict[str, float]
+    ended: float = field(default_factory=time.time)
+    """When it was whole: seconds since the epoch."""
 
 
 class PictureSource(Protocol):
@@ -86,10 +88,13 @@ class RolloutActor(Actor):
         """
         manager = self._ready()
         start = time.perf_counter()
-        batch = manager.generate(rollout_id)
+        with self.stopwatch.stage("rollout", rollout_id=rollout_id):
+            batch = manager.generate(rollout_id)
+        self.stopwatch.add(*batch.spans)
         self._check_versions(batch.samples)
         generated = time.perf_counter()
-        refs = put_shards(self._args, rollout_id, batch, manager)
+        with self.stopwatch.stage("shards", rollout_id=rollout_id):
+            refs = put_shards(self._args, rollout_id, batch, manager)
         tokens = sum(sample.response_length for sample in batch.samples)
         now = time.perf_counter()
         times = {
@@ -102,11 +107,13 @@ class RolloutActor(Actor):
 
     def evaluate(self, rollout_id: int, who: Who) -> dict[str, float]:
         """Return the held-out accuracy of the student's engines or of the teacher."""
-        return self._ready().evaluate(rollout_id, who)
+        with self.stopwatch.stage("evaluation", rollout_id=rollout_id, who=who):
+            return self._ready().evaluate(rollout_id, who)
 
     def update_weights(self, path: str, version: str) -> None:
         """Load the weights at `path` into all engines; from now on every answer must be of `version`."""
-        self._ready().update_weights(path, version)
+        with self.stopwatch.stage("load weights", version=version):
+            self._ready().update_weights(path, version)
         self._version = version
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class TrainActor(Actor):
         """Take the optimizer steps of one rollout; return metrics, the same on every rank."""
         if self._trainer is None:
             raise RuntimeError(f"train_{self._rank} has no trainer yet; call setup() first")
-        return self._trainer.train(rollout_id, shard)
+        with self.stopwatch.stage("train", rollout_id=rollout_id):
+            return self._trainer.train(rollout_id, shard)
 
     def weight_version(self) -> int:
         """Return the number of optimizer steps behind the weights."""
@@ -72,16 +73,18 @@ class TrainActor(Actor):
         """Write the full weights as a Hugging Face folder; return bytes. Rank 0 writes, all gather."""
         from slime.weight_sync.disk import write_weights
 
-        return write_weights(
-            self._ready().hf_named_parameters(),
-            Path(path),
-            checkpoint=Path(self._args.hf_checkpoint),
-            writes=self._rank == 0,
-        )
+        with self.stopwatch.stage("export weights", version=self.weight_version()):
+            return write_weights(
+                self._ready().hf_named_parameters(),
+                Path(path),
+                checkpoint=Path(self._args.hf_checkpoint),
+                writes=self._rank == 0,
+            )
 
     def save(self, path: str) -> None:
         """Write model, optimizer and schedule below `path`."""
-        self._ready().save_checkpoint(Path(path))
+        with self.stopwatch.stage("save", version=self.weight_version()):
+            self._ready().save_checkpoint(Path(path))
 
     def load(self, path: str) -> None:
         """Read what `save` wrote."""

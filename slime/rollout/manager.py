@@ -132,7 +132,7 @@ class RolloutManager:
             "data/pictures_prepared": float(self._pictures.prepared - prepared),
             "data/picture_cache_hits": float(self._pictures.hits - hits),
         }
-        return RolloutBatch(batch.samples, batch.metrics | counts)
+        return dataclasses.replace(batch, metrics=batch.metrics | counts)
 
     def _recorded(self, place: str, rollout_id: int, batch: RolloutBatch) -> RolloutBatch:
         """Write the rollout to its file; return it with the time that this took."""
@@ -148,7 +148,7 @@ class RolloutManager:
         pictures = self.pictures(batch.image_hashes())
         write_rollout(recording_path(place, rollout_id), head, batch.samples, pictures)
         seconds = {"perf/record_seconds": time.perf_counter() - start}
-        return RolloutBatch(batch.samples, batch.metrics | seconds)
+        return dataclasses.replace(batch, metrics=batch.metrics | seconds)
 
     def _writer(self) -> EngineClient:
         """Return who answers the training prompts (`--sample-from`)."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slime.engines.api import sampling_params
 from slime.engines.model_facts import ModelFacts
+from slime.metrics.trace import Span
 from slime.rollout.clock import Clock
 from slime.rollout.failures import Failures
 from slime.rollout.generate import GenerateFunction, Sampler, generate_all
@@ -30,6 +31,8 @@ class RolloutBatch:
     samples: list[Sample]
     """In the order of their groups."""
     metrics: dict[str, float]
+    spans: tuple[Span, ...] = ()
+    """When its stages were."""
 
     def image_hashes(self) -> list[str]:
         """Return the content hashes of the pictures that the samples show, each once."""
@@ -85,12 +88,13 @@ async def run_rollout(
         function=function,
     )
     await rewards.finish(samples)
+    spans = clock.spans(rollout_id)
     if failures.failed:
         logger.warning("rollout %d: %s. They are masked out of the loss.", rollout_id, failures.summary())
     metrics = rollout_metrics(samples, clock, sampler.facts)
     if args.use_opd and args.opd_type == "sglang":
         metrics |= teacher_metrics(args, samples, failures)
-    return RolloutBatch(samples, metrics)
+    return RolloutBatch(samples, metrics, spans)
 
 
 def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:
@@ -143,15 +147,14 @@ def _engine_reverse_kl(samples: Sequence[Sample]) -> float:
 
 
 def _times(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:
-    first_score, last_score = min(clock.score_starts), max(clock.score_ends)
-    last_response = max(clock.response_ends)
-    generation, scoring = last_response - clock.start, max(last_score - first_score, 1e-9)
-    hidden = min(last_response, last_score) - first_score
+    generation, scoring = clock.last_response - clock.start, max(clock.scoring_seconds, 1e-9)
+    exposed = clock.exposed_seconds / scoring
     return {
         "perf/generation_seconds": generation,
         "perf/scoring_seconds": scoring,
-        "perf/scoring_overlap_share": hidden / scoring,
-        "perf/first_score_before_last_response": float(first_score < last_response),
+        "perf/scoring_overlap_share": 1.0 - exposed,
+        "perf/scoring_exposed_share": exposed,
+        "perf/first_score_before_last_response": float(min(clock.score_starts) < clock.last_response),
         "perf/student_tokens_per_second": sum(sample.response_length for sample in samples) / generation,
         "perf/teacher_tokens_per_second": sum(_seen_tokens(sample, facts) for sample in samples) / scoring,
     }

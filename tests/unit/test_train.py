@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
 
 from slime import train as loop
 from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
+from slime.metrics.trace import Span
 from slime.ray.rollout_actor import RolloutResult
 
 
@@ -25,19 +26,28 @@ class _Args:
     load: str | None = None
     save: str | None = None
     save_interval: int | None = None
+    async_rollout: bool = False
 
 
 class _Rollouts:
-    """Notes every call; answers with numbers that tell the calls apart."""
+    """Notes every call; answers with numbers that tell the calls apart. Its position counts the rollouts."""
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
+        self.position = 0
 
     def evaluate_later(self, rollout_id: int, who: str) -> str:
         self.calls.append(f"order {who}")
         return who
 
-    def result(self, ref: str) -> dict[str, float]:
+    def generate_later(self, rollout_id: int) -> RolloutResult:
+        self.calls.append(f"order {rollout_id}")
+        return self._rollout(rollout_id)
+
+    def result(self, ref: str | RolloutResult) -> Any:
+        if isinstance(ref, RolloutResult):
+            self.calls.append(f"collect {ref.metrics['response_tokens'] - 10:.0f}")
+            return ref
         self.calls.append(f"collect {ref}")
         return {"eval/accuracy": 1.0}
 
@@ -50,29 +60,36 @@ class _Rollouts:
 
     def generate(self, rollout_id: int) -> RolloutResult:
         self.calls.append(f"generate {rollout_id}")
+        return self._rollout(rollout_id)
+
+    def _rollout(self, rollout_id: int) -> RolloutResult:
+        self.position += 1
         return RolloutResult(shards=[], metrics={"response_tokens": 10.0 + rollout_id})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": 7}
+        return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.calls.append(f"data {state}")
+        self.position = state["position"]
 
 
 class _Trainers:
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
         self.step = 0
+        self.taken = 0
 
     def wait_ready(self) -> None:
         self.calls.append("trainers ready")
 
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         self.calls.append(f"train {rollout_id}")
+        self.taken += 1
         return {"loss": 1.0}
 
     def publish_weights(self, rollouts: _Rollouts) -> dict[str, float]:
-        self.step += self.calls[-1].startswith("train ")
+        self.step = self.taken
         self.calls.append(f"publish {self.step}")
         return {"perf/sync_seconds": 0.1}
 
@@ -83,8 +100,15 @@ class _Trainers:
         self.calls.append(f"load {checkpoint.name}")
 
 
+class _Trace:
+    def add(self, actor: str, *spans: Span) -> None:
+        assert actor == "loop"
+        assert all(span.seconds >= 0 for span in spans)
+
+
 class _Tracker:
     def __init__(self) -> None:
+        self.trace = _Trace()
         self.rollouts: list[tuple[int, int, dict[str, float]]] = []
         self.evals: list[tuple[int, int, str]] = []
 
@@ -94,6 +118,9 @@ class _Tracker:
     def log_eval(self, rollout_id: int, step: int, metrics: dict[str, float], who: str) -> float:
         self.evals.append((rollout_id, step, who))
         return metrics["eval/accuracy"]
+
+
+WAITS = ("perf/step_seconds", "perf/wait_for_rollout_seconds", "perf/wait_for_train_seconds")
 
 
 def _run(args: _Args) -> tuple[list[str], _Tracker, RunState]:
@@ -114,7 +141,9 @@ def test_the_stages_come_in_order():
     ]
     assert [(rollout_id, step) for rollout_id, step, _ in tracker.rollouts] == [(0, 1), (1, 2)]
     assert tracker.evals == [(0, 0, "teacher"), (0, 0, "student"), (2, 2, "student")]
-    assert tracker.rollouts[0][2] == {"response_tokens": 10.0, "loss": 1.0, "perf/sync_seconds": 0.1}
+    metrics = tracker.rollouts[0][2]
+    assert {name: metrics.pop(name) >= 0 for name in WAITS} == dict.fromkeys(WAITS, True)
+    assert metrics == {"response_tokens": 10.0, "loss": 1.0, "perf/sync_seconds": 0.1}
     assert state == RunState(
         rollout_id=2, student_tokens=21, student_before=0.3, student_after=0.5, teacher=1.0
     )
@@ -142,7 +171,7 @@ def test_when_a_checkpoint_is_written(tmp_path, interval, saved):
     ]
     assert sorted(path.name for path in tmp_path.glob("rollout-*")) == [f"rollout-{n:06d}" for n in saved]
     state = json.loads((tmp_path / "rollout-000003" / "state.json").read_text())
-    assert (state["rollout_id"], state["data"]) == (3, {"position": 7})
+    assert (state["rollout_id"], state["data"]) == (3, {"position": 3})
     assert "perf/save_seconds" in tracker.rollouts[-1][2]
 
 
@@ -155,6 +184,54 @@ def test_a_loaded_run_goes_on_and_asks_the_teacher_no_second_time(tmp_path):
         *("generate 2", "train 2", "publish 1", "eval 3"),
     ]
     assert (state.student_tokens, state.student_before, state.teacher) == (5 + 12, 0.3, 1.0)
+
+
+AHEAD = _Args(async_rollout=True, eval_teacher=False, eval_interval=2, skip_eval_before_train=True)
+
+
+def test_a_rollout_made_ahead_is_ordered_before_the_training_and_whole_before_weights_change():
+    calls, tracker, state = _run(AHEAD)
+    assert calls == [
+        *("trainers ready", "rollouts ready", "publish 0"),
+        *("generate 0", "order 1", "train 0", "collect 1", "publish 1"),
+        *("order 2", "train 1", "collect 2", "publish 2"),
+        "eval 2",  # nothing is in flight
+        *("train 2", "publish 3"),
+        "eval 3",
+    ]
+    logged = [(number, step, metrics["response_tokens"]) for number, step, metrics in tracker.rollouts]
+    assert logged == [(0, 1, 10), (1, 2, 11), (2, 3, 12)]
+    assert [metrics["rollout/steps_behind"] for _, _, metrics in tracker.rollouts] == [0, 1, 1]
+    assert state.student_tokens == 33
+
+
+def test_a_checkpoint_of_a_run_ahead_stands_before_the_rollout_that_is_not_trained_on_yet(tmp_path):
+    _run(replace(AHEAD, save=str(tmp_path), save_interval=1))
+    positions = []
+    for path in sorted(tmp_path.glob("rollout-*/state.json")):
+        state = json.loads(path.read_text())
+        positions.append((state["rollout_id"], state["data"]["position"]))
+    assert positions == [(1, 1), (2, 2), (3, 3)]
+    calls, tracker, _ = _run(replace(AHEAD, load=str(tmp_path / "rollout-000001"), eval_sets=()))
+    assert calls == [
+        *("trainers ready", "rollouts ready", "load rollout-000001", "data {'position': 1}", "publish 0"),
+        *("generate 1", "order 2", "train 1", "collect 2", "publish 1"),
+        *("train 2", "publish 2"),
+    ]
+    assert [metrics["rollout/steps_behind"] for _, _, metrics in tracker.rollouts] == [0, 1]
+
+
+def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():
+    calls: list[str] = []
+
+    class Failing(_Trainers):
+        def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
+            raise RuntimeError("the loss is no number")
+
+    parts = (AHEAD, _Tracker(), _Rollouts(calls), Failing(calls))
+    with pytest.raises(RuntimeError, match="the loss is no number"):
+        loop.train(*cast(Any, parts))
+    assert calls[-2:] == ["generate 0", "order 1"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -18,10 +18,11 @@ from slime.engines.transformers_engine.stepper import Stepper
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-SETTLE_SECONDS_IDLE, SETTLE_SECONDS_RUNNING = 0.005, 0.002
+SETTLE_SECONDS_IDLE, SETTLE_SECONDS_BUSY = 0.005, 0.002
 """A step waits until no request came for this long, so that requests sent together run together."""
-HOLD_SECONDS_IDLE, HOLD_SECONDS_RUNNING = 0.5, 0.03
-"""The most that a step waits for arrivals to settle, with nothing and with something running."""
+HOLD_SECONDS_IDLE, HOLD_SECONDS_BUSY = 0.5, 0.03
+"""The most that a step waits for arrivals to settle. Busy is an engine that runs rows or has only scores to
+give: responses end for as long as their rollout lasts, and come to be scored at every moment of it."""
 
 
 class Batcher:
@@ -147,9 +148,8 @@ class Batcher:
 
     def _hold(self) -> bool:
         """Let requests that arrive together become one batch; return True when the thread is to end."""
-        running = len(self._stepper.rows) > 0
-        settle = SETTLE_SECONDS_RUNNING if running else SETTLE_SECONDS_IDLE
-        limit = time.monotonic() + (HOLD_SECONDS_RUNNING if running else HOLD_SECONDS_IDLE)
+        settle, hold = self._patience()
+        limit = time.monotonic() + hold
         while not (self._stopping or self._calls or self._cancel_requested):
             now = time.monotonic()
             settled = self._last_arrival + settle
@@ -158,6 +158,13 @@ class Batcher:
             self._condition.wait(min(limit, max(settled, now + 0.001)) - now)
         self._take_arrived()
         return self._stopping
+
+    def _patience(self) -> tuple[float, float]:
+        """Return the quiet time that a step waits for, and the most that it waits."""
+        stepper = self._stepper
+        if len(stepper.rows) or all(job.scoring for job in stepper.waiting.jobs()):
+            return SETTLE_SECONDS_BUSY, HOLD_SECONDS_BUSY
+        return SETTLE_SECONDS_IDLE, HOLD_SECONDS_IDLE
 
     def _take_arrived(self) -> None:
         for job in self._arrived:

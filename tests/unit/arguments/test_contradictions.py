@@ -260,6 +260,10 @@ CONTRADICTIONS = {
         (*DISTIL, "--load-debug-rollout-data", "a", "--eval-prompt-data", "a", "b", "--eval-teacher"),
         ("--eval-teacher", "--load-debug-rollout-data"),
     ),
+    "a replay that generates ahead": (
+        (*DISTIL, "--load-debug-rollout-data", "a", "--async-rollout"),
+        ("--async-rollout", "--load-debug-rollout-data"),
+    ),
     "an engine url without scheme": (
         (*DISTIL, "--rollout-engine-urls", "localhost:1"),
         ("--rollout-engine-urls",),

@@ -143,6 +143,9 @@ def test_derived_defaults_follow_what_they_derive_from(parsed: Parse) -> None:
             True,
         ),
         (("--global-batch-size", "64", "--no-use-tis"), False),
+        (("--async-rollout",), True),
+        (("--async-rollout", "--no-use-tis"), False),
+        (("--async-rollout", "--opd-loss", "topk", "--sample-from", "teacher"), False),
         (("--opd-loss", "topk", "--sample-from", "teacher", "--global-batch-size", "64"), False),
     ],
 )

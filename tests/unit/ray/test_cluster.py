@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import psutil
 import pytest
+import ray
 
 from slime.ray.actor import Actor, Surroundings
 from slime.ray.cluster import ActorError, Cluster
@@ -51,6 +52,10 @@ class _Worker(Actor):
     def die(self) -> None:
         print("last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def measure(self, rollout_id: int) -> None:
+        with self.stopwatch.stage("work", rollout_id=rollout_id):
+            pass
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -116,6 +121,28 @@ def test_a_watched_actors_death_ends_the_wait_for_another(cluster):
     with pytest.raises(ActorError, match=r"(?s)dying died.*last words"):
         cluster.wait([slow.sleep.remote(120)])
     cluster._alarms.clear()
+
+
+def test_a_call_that_nobody_waits_for_yet_ends_the_wait_for_another_by_its_failure(cluster):
+    slow, failing = _start(cluster, "busy"), _start(cluster, "ordered")
+    done, failed = failing.pid.remote(), failing.fail.remote()
+    cluster.expect(done)
+    cluster.expect(failed)
+    with pytest.raises(ActorError, match="the answer is no number"):
+        cluster.wait([slow.sleep.remote(120)])
+    cluster._expected.clear()
+    assert isinstance(cluster.wait([done])[0], int)
+
+
+def test_spans_are_taken_while_the_actor_works_on(cluster, monkeypatch):
+    worker = _start(cluster, "measured")
+    monkeypatch.setattr(cluster, "_actors", {"measured": worker})  # another test's is dead
+    cluster.wait([worker.measure.remote(5)])
+    busy = worker.sleep.remote(120)
+    (span,) = cluster.take_spans()["measured"]
+    assert (span.stage, span.facts) == ("work", {"rollout_id": 5})
+    assert cluster.take_spans()["measured"] == []
+    assert ray.wait([busy], timeout=0)[0] == []
 
 
 def test_one_machine_is_seen_as_one(cluster):

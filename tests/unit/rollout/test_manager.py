@@ -114,6 +114,13 @@ def test_scoring_begins_before_the_last_response_ends(
     assert min(start for start, _ in teacher.generate_times) < max(end for _, end in student.generate_times)
     assert batch.metrics["perf/first_score_before_last_response"] == 1.0
     assert batch.metrics["perf/scoring_overlap_share"] > 0
+    assert batch.metrics["perf/scoring_overlap_share"] + batch.metrics["perf/scoring_exposed_share"] == 1.0
+    generation, scoring, rest = batch.spans
+    assert [span.stage for span in batch.spans] == ["generation", "scoring", "post-processing"]
+    assert generation.start < scoring.start < generation.start + generation.seconds
+    assert scoring.seconds == batch.metrics["perf/scoring_seconds"]
+    assert abs(scoring.start + scoring.seconds - rest.start) < 1e-3
+    assert {span.facts["rollout_id"] for span in batch.spans} == {0}
 
 
 def test_the_student_is_evaluated_without_the_teacher(
