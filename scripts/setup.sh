@@ -53,7 +53,8 @@ compile_what_is_used() {
   env -u PYTHONDONTWRITEBYTECODE PYTHONPATH="$SLIME_REPO" CUDA_VISIBLE_DEVICES= "$env_python" - <<'PYTHON'
 import math_verify, matplotlib.pyplot, torch.utils.tensorboard, wandb
 import torch.distributed.checkpoint, torch.distributed.fsdp
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 import slime.engines.transformers_engine.__main__
 import slime.train
