@@ -15,6 +15,7 @@ import pytest
 
 from slime.engines import process
 from slime.engines.process import ServerProcess, free_port, is_ready, start_server, transformers_command
+from tests.fakes.processes import ended
 
 ROOT = Path(__file__).parents[3]
 
@@ -68,7 +69,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 
 def gone(*pids: int) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+    return all(ended(pid) for pid in pids)
 
 
 @pytest.fixture
