@@ -17,12 +17,17 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 MAX_TOKENS = 64
 
 
-@pytest.fixture(scope="module")
+SEEING = tuple(name for name in CHECKPOINTS if not name.startswith("text_"))
+TEXT = tuple(name for name in CHECKPOINTS if name.startswith("text_"))
+
+
+@pytest.fixture(scope="module", params=[SEEING, TEXT], ids=["pictures", "text"])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
+    """Serve the first of the checkpoints; the weights of the others fit it."""
     log = tmp_path_factory.mktemp("sglang") / "tiny.log"
-    with running_sglang(checkpoint_path(request.param), log, role="student") as server:
+    with running_sglang(checkpoint_path(request.param[0]), log, role="student") as server:
         yield server
 
 
@@ -30,16 +35,14 @@ def one_of_each_kind(problems: ProblemSet) -> list[Problem]:
     return list({row.kind: row for row in problems.make_splits()["test"]}.values())
 
 
-def architecture(name: str) -> str:
-    """Return the checkpoint that a server begins with, to which the weights of `name` fit."""
-    return "text_teacher" if name.startswith("text_") else "teacher"
+def test_tiny_checkpoints_answer_and_score_as_under_transformers(
+    server: ServerProcess, request: pytest.FixtureRequest
+) -> None:
+    for name in request.node.callspec.params["server"]:
+        answers_and_scores_as_under_transformers(Http(server), name)
 
 
-@pytest.mark.parametrize(
-    ("server", "name"), [(architecture(name), name) for name in CHECKPOINTS], indirect=["server"]
-)
-def test_a_tiny_checkpoint_answers_and_scores_as_under_transformers(server, name):
-    http = Http(server)
+def answers_and_scores_as_under_transformers(http: Http, name: str) -> None:
     http.update_weights(checkpoint_path(name), name)
     reference, encoder = Reference(checkpoint_path(name)), Encoder(checkpoint_path(name))
     vision = [token for token in encoder.tokenizer.all_special_ids if token != encoder.end_id]
