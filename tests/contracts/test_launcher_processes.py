@@ -150,9 +150,10 @@ def test_a_teacher_that_dies_is_started_anew_and_the_run_goes_on(machine: Machin
     teacher, driver = "serve with a child; fail; serve with a child", "end on a signal of the test"
     launcher = launch(machine, teacher=teacher, driver=driver)
     log = machine.root / "out" / "logs" / "teacher_transformers.log"
-    for starts in (1, 3):
+    for starts, children in ((1, 1), (3, 2)):
         wait_until(lambda: machine.pids(DRIVER), "the driver starts")
         wait_until(lambda starts=starts: len(machine.pids(TEACHER)) == starts, "the teacher starts")
+        wait_until(lambda children=children: len(machine.pids("child")) == children, "it has its child")
         os.kill(machine.pids(TEACHER)[-1], signal.SIGKILL)
     wait_until(lambda: len(machine.pids(TEACHER)) == 4, "the teacher starts a last time")
     assert all(ended(pid) for pid in machine.pids("child")[:2])
