@@ -20,7 +20,7 @@ from slime.rollout.recording.places import recording_path
 from slime.rollout.replay import RecordedRollouts
 from slime.rollout.rewards import Rewards
 from slime.rollout.rollout import RolloutBatch
-from slime.shards import _task_advantages
+from slime.train_samples import task_advantages
 from slime.trainer import TrainShard, build_shards
 from slime.utils.types import TRAINED, Sample, SampleStatus
 from tests.fakes.engine_server import FakeEngine, serve
@@ -169,7 +169,7 @@ async def test_a_replay_trains_on_what_a_live_run_with_its_flags_would(then: str
     args = signal_args(now)
     recorded = [sample for sample in await judged(signal_args(then)) if sample.status in TRAINED]
     live = [sample for sample in await judged(args) if sample.status in TRAINED]
-    for one, other in zip(_task_advantages(args, recorded), _task_advantages(args, live), strict=True):
+    for one, other in zip(task_advantages(args, recorded), task_advantages(args, live), strict=True):
         assert one.equal(other)
 
 
@@ -177,7 +177,7 @@ async def test_a_grade_that_was_not_recorded_is_asked_for() -> None:
     samples = await judged(signal_args("distillation"))
     del samples[1].metadata["task_reward"]
     with pytest.raises(ValueError, match=r"sample 1 has no metadata\['task_reward'\].*--label-key"):
-        _task_advantages(signal_args("half the task"), samples)
+        task_advantages(signal_args("half the task"), samples)
 
 
 @pytest.mark.parametrize(
