@@ -57,7 +57,8 @@ def compare(answer: Any, recorded: Any, tolerance: float) -> None:
     elif isinstance(recorded, dict):
         assert shape_of(answer) == shape_of(recorded)
     elif recorded.startswith("data:"):
-        assert [line[:5] for line in answer.splitlines()] == [line[:5] for line in recorded.splitlines()]
+        # a busy server puts several tokens into one event
+        assert {line[:5] for line in answer.splitlines()} == {line[:5] for line in recorded.splitlines()}
         assert answer.rstrip().endswith("data: [DONE]")
     else:
         assert answer == recorded
