@@ -6,6 +6,7 @@ server.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,18 @@ class EngineActor(Actor):
         self._stopping = threading.Event()
 
     def start(self) -> str:
-        """Start the server and return its URL at once; `wait_ready` waits for it."""
+        """Start the server and return its URL at once; `wait_ready` waits for it.
+
+        Raises:
+            ValueError: a --sglang-* flag is none of the installed SGLang's.
+        """
         from slime.engines.process import free_port, start_server
+        from slime.engines.sglang_flags import check_sglang_flags
 
         args = self._args
         gpus = [int(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+        extra_args = args.sglang_command_line() if args.engine == "sglang" else []
+        check_sglang_flags(extra_args, gpus=gpus or None, env=os.environ)
         self._server = start_server(
             args.engine,
             args.hf_checkpoint,
@@ -45,7 +53,7 @@ class EngineActor(Actor):
             gpus=gpus or None,
             dtype=args.engine_dtype or args.precision,
             threads=args.engine_threads,
-            extra_args=args.sglang_command_line() if args.engine == "sglang" else (),
+            extra_args=extra_args,
             role="student",
         )
         return self._server.url
