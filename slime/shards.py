@@ -14,7 +14,7 @@ from torch import Tensor
 from slime.backends.batching import TrainSample, carried_by_all
 from slime.backends.planning import plan_micro_batches
 from slime.train_samples import task_advantages, to_train_sample
-from slime.utils.types import TRAINED, Sample
+from slime.utils.types import TRAINED, Sample, SampleStatus
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -71,11 +71,9 @@ def build_shards(
     usable = [sample for sample in samples if _is_trained(sample)]
     num_steps = max(1, len(samples) // args.global_batch_size)
     if len(usable) < num_steps:
-        errors = [sample.metadata["error"] for sample in samples if "error" in sample.metadata]
         raise ValueError(
             f"rollout {rollout_id}: {len(usable)} of {len(samples)} samples can be trained on, fewer than "
-            f"its {num_steps} optimizer steps; states: {_status_counts(samples)}. "
-            + (f"The first error: {errors[0]}" if errors else "Their loss masks are all zero.")
+            f"its {num_steps} optimizer steps; states: {_status_counts(samples)}. " + _reason(samples)
         )
     advantages = task_advantages(args, usable)
     train_samples = [
@@ -88,6 +86,16 @@ def _is_trained(sample: Sample) -> bool:
     if sample.status not in TRAINED or sample.response_length == 0:
         return False
     return sample.loss_mask is None or any(sample.loss_mask)
+
+
+def _reason(samples: Sequence[Sample]) -> str:
+    """Say why too few samples of a rollout can be trained on."""
+    errors = [sample.metadata["error"] for sample in samples if "error" in sample.metadata]
+    if errors:
+        return f"The first error: {errors[0]}"
+    if any(sample.status is SampleStatus.ABORTED for sample in samples):
+        return "Responses were cut off: raise --rollout-deadline, or lower --rollout-max-response-len."
+    return "Their loss masks are all zero."
 
 
 def _status_counts(samples: Sequence[Sample]) -> dict[str, int]:

@@ -3,7 +3,8 @@
     python -m scripts.benchmarks.trainer
 
 Each way has a process of its own, and they take turns. `docs/trainer.md` says what the plain way is, what the
-rows mean and what came of it.
+rows mean and what came of it. With `--top-k K` the loss is the divergence over the teacher's K likeliest
+tokens, and the other way is our trainer with a pass over the LM head for each question of the loss (apart).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from scripts.benchmarks.training.report import Record, ratios, sizes, table
 from scripts.benchmarks.training.workload import Shape, save_model
 from slime.engines.process import PROJECT_ROOT
 
-WAYS = ("plain", "ours")
 TOLERANCE = 1e-3
 DEFAULT = Shape()
 
@@ -64,6 +64,11 @@ def worker(name: str, model: Path, shape: Shape, threads: int) -> Iterator[Worke
         yield Worker(process, name)
 
 
+def ways(shape: Shape) -> tuple[str, str]:
+    """Return the two that are compared, ours last."""
+    return ("apart" if shape.top_k else "plain", "ours")
+
+
 def compare(model: Path, shape: Shape, rounds: int, threads: int) -> dict[str, list[Record]]:
     """Let the ways take turns, in alternating order; return each one's records.
 
@@ -72,23 +77,24 @@ def compare(model: Path, shape: Shape, rounds: int, threads: int) -> dict[str, l
     Raises:
         RuntimeError: it does not, or one failed.
     """
-    records: dict[str, list[Record]] = {name: [] for name in WAYS}
+    names = ways(shape)
+    records: dict[str, list[Record]] = {name: [] for name in names}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(name, model, shape, threads)) for name in WAYS}
-        require_same_step({name: workers[name].turn() for name in WAYS})
+        workers = {name: stack.enter_context(worker(name, model, shape, threads)) for name in names}
+        require_same_step({name: workers[name].turn() for name in names})
         for number in range(rounds):
-            for name in WAYS if number % 2 else reversed(WAYS):
+            for name in names if number % 2 else reversed(names):
                 records[name].append(workers[name].turn())
     return records
 
 
 def require_same_step(first: dict[str, Record]) -> None:
     """Raise RuntimeError unless both ways took the same first step."""
-    plain, ours = (first[name]["values"] for name in WAYS)
-    for name, value in plain.items():
+    (other, theirs), (_, ours) = ((name, record["values"]) for name, record in first.items())
+    for name, value in theirs.items():
         if not math.isclose(value, ours[name], rel_tol=TOLERANCE):
             raise RuntimeError(
-                f"the two ways took different steps: {name} {value:.6g} the plain way, {ours[name]:.6g} "
+                f"the two ways took different steps: {name} {value:.6g} the {other} way, {ours[name]:.6g} "
                 "ours; one of them errs."
             )
 
@@ -101,13 +107,15 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         samples=options.samples,
         longest=options.longest,
         side=options.side,
+        top_k=options.top_k,
     )
     save_model(folder, shape.vocabulary)
     say(sizes(shape) + "\n")
     records = compare(folder, shape, options.rounds, options.threads)
-    say(table(shape, records["plain"], records["ours"]))
+    other, ours = ways(shape)
+    say(table(shape, records[other], records[ours], other))
     if options.json:
-        better = ratios(shape, records["plain"], records["ours"])
+        better = ratios(shape, records[other], records[ours])
         options.json.write_text(json.dumps({"shape": asdict(shape), "records": records, "ratios": better}))
 
 
@@ -128,10 +136,12 @@ def parser() -> argparse.ArgumentParser:
         "samples": "n, samples a prompt",
         "longest": "tokens of the longest response; the shortest has 32",
         "side": "of a picture, in pixels",
+        "top_k": "likeliest tokens of the teacher to distil; 0: the sampled tokens' scores",
     }
     for name, text in whole.items():
         default = getattr(DEFAULT, name)
-        made.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+        flag = "--" + name.replace("_", "-")
+        made.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
     made.add_argument("--rounds", type=int, default=3, help="counted steps of each way (default: 3)")
     made.add_argument("--threads", type=int, default=1, help="compute threads of each way (default: 1)")
     made.add_argument("--json", type=Path, metavar="PATH", help="write every step's numbers there")

@@ -157,6 +157,11 @@ def _batches(args: Args) -> Iterator[str]:
 
 
 def _engines(args: Args) -> Iterator[str]:
+    if args.deterministic_rollout and args.rollout_deadline is not None:
+        yield (
+            f"--rollout-deadline {args.rollout_deadline:g} lets the clock decide what is trained on, and "
+            "--deterministic-rollout promises that only the seed does. Drop either."
+        )
     if args.deterministic_rollout and args.engine != "transformers":
         yield "--deterministic-rollout is a promise of our own engine; use it with --engine transformers."
     if args.sglang and args.engine != "sglang":

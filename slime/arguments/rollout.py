@@ -39,6 +39,12 @@ class RolloutArgs:
     )
     rollout_concurrency: int = flag(256, help="Requests in flight to one student engine.", at_least=1)
     request_timeout: float = flag(600.0, help="Seconds that one generation request may take.", above=0)
+    rollout_deadline: float | None = flag(
+        None,
+        help="Seconds after which a rollout's unfinished responses are aborted at the engine, counted and "
+        "left out of the loss. Default: none. Evaluations have none.",
+        above=0,
+    )
     deterministic_rollout: bool = flag(
         False,
         help="Repeat bit for bit on one machine (transformers engine; slower: waves instead of a stream).",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,6 +51,19 @@ class LossInputs(Protocol):
 
     def top_ids(self, count: int) -> Tensor:
         """Return the likeliest tokens of each position, int64 [P, count], likeliest first; no gradient."""
+        ...
+
+
+@runtime_checkable
+class ExpectingInputs(Protocol):
+    """Loss inputs that can be told what will be asked, and compute it all in one pass over the LM head.
+
+    It changes no value; a backend may do without.
+    """
+
+    def expect(self, ids: Tensor, top: int) -> None:
+        """Take note, before anything is asked, that `gather` or `gather_with_rest` of `ids` (this very
+        tensor), and `top_ids(top)`, will be asked for beside log-probs and entropy."""
         ...
 
 

@@ -7,12 +7,13 @@ a `/generate` request or answer means is `api.py`'s business, what else a server
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import uuid
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self, TypeVar
 
+from slime.engines import keys
 from slime.engines.errors import (
     EngineError,
     EnginesLostError,
@@ -24,7 +25,6 @@ from slime.engines.errors import (
 )
 from slime.engines.replicas import Endpoint, Replica, Replicas
 from slime.engines.retry import Retry
-from slime.engines.sglang_serve import API_KEY_VARIABLE
 from slime.engines.transport import Transport
 
 T = TypeVar("T")
@@ -37,6 +37,9 @@ GONE_STATUSES = (502, 503, 504)
 """A server that is not there, or takes no work. A 500 is about the request at hand."""
 PROBE_SECONDS = 1.0
 PROBE_TIMEOUT = 5.0
+ABORT_TIMEOUT = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 def as_it_is(answer: Any) -> Any:
@@ -76,11 +79,12 @@ class EngineClient:
         self._remedy = remedy
         self._timeout = timeout
         self._patience = patience
-        self._api_key = api_key or os.environ.get(API_KEY_VARIABLE)
+        self._api_key = api_key or keys.api_key()
         self._replicas = Replicas(self.endpoints, concurrency)
         self._transport = Transport(role, remedy)
         self._probes: set[asyncio.Task[None]] = set()
         self._version: str | None = None
+        self._abort_refused = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,10 +113,18 @@ class EngineClient:
         return self._transport.turn()
 
     async def generate(
-        self, payload: dict[str, Any], *, group: Hashable | None = None, reader: Reader[T] = as_it_is
+        self,
+        payload: dict[str, Any],
+        *,
+        group: Hashable | None = None,
+        reader: Reader[T] = as_it_is,
+        abort_when_cancelled: bool = False,
     ) -> T:
         """Post to `/generate`, as soon as the group's server has a free place; return what `reader` makes of
         the parsed answer.
+
+        With `abort_when_cancelled` a caller that is cancelled leaves only when the server has been told to
+        stop computing. A lost connection alone is noticed late: SGLang looks for it every four seconds.
 
         Raises:
             EngineUnreachableError: no connection, retries included.
@@ -126,7 +138,7 @@ class EngineClient:
         while True:
             replica = self._replicas.home(group).replica
             try:
-                return await self._attempt(replica, payload, reader)
+                return await self._attempt(replica, payload, reader, abort_when_cancelled)
             except (EngineUnreachableError, EngineTimeoutError, HttpError, StaleWeightsError) as error:
                 gone = not isinstance(error, HttpError) or error.status in GONE_STATUSES
                 if gone:
@@ -164,14 +176,19 @@ class EngineClient:
                 return answer
         return await self.generate(payload, group=group, reader=reader)
 
-    async def _attempt(self, replica: Replica, payload: dict[str, Any], reader: Reader[T]) -> T:
+    async def _attempt(
+        self, replica: Replica, payload: dict[str, Any], reader: Reader[T], abort_when_cancelled: bool
+    ) -> T:
         """Send one request to one server, under an id of its own: a retried id could still be running."""
         url, request_id = replica.endpoint.generate_url, REQUEST_ID + uuid.uuid4().hex
         replica.load += 1
         try:
             async with replica.places:
                 body = payload | {"rid": request_id}
-                raw = await self._transport.send("POST", url, body, self._api_key, self._timeout)
+                sending = self._transport.send("POST", url, body, self._api_key, self._timeout)
+                if abort_when_cancelled:
+                    sending = self._abortable(sending, replica, request_id)
+                raw = await sending
         finally:
             replica.load -= 1
 
@@ -181,6 +198,34 @@ class EngineClient:
             return reader(answer)
 
         return await self._transport.read(url, raw, read)
+
+    async def _abortable(
+        self, sending: Coroutine[Any, Any, bytes], replica: Replica, request_id: str
+    ) -> bytes:
+        """Wait for a request; when cancelled, abort it at its server before the connection is dropped."""
+        sent = asyncio.create_task(sending)
+        try:
+            return await asyncio.shield(sent)
+        except asyncio.CancelledError:
+            await self._abort(replica, request_id)
+            raise
+        finally:
+            sent.cancel()
+
+    async def _abort(self, replica: Replica, request_id: str) -> None:
+        """Tell a server to stop computing a request; one that refuses notices the lost connection."""
+        url, body = replica.endpoint.base_url + "/abort_request", {"rid": request_id}
+        try:
+            await self._transport.send("POST", url, body, keys.admin_key(), ABORT_TIMEOUT)
+        except EngineError as error:
+            if not self._abort_refused:
+                self._abort_refused = True
+                logger.warning(
+                    "A request could not be aborted, and more may follow: %s. The %s stops computing it when "
+                    "it notices that the connection is gone.",
+                    str(error).rstrip("."),
+                    self.role,
+                )
 
     def _check_id(self, url: str, answer: Any, request_id: str) -> None:
         """Refuse another request's answer. A gateway may drop our id; then the tokens' receipt has to do."""

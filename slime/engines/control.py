@@ -6,10 +6,10 @@ Who waits for what, and in which order the verbs come, is decided by those who c
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
+from slime.engines import keys
 from slime.engines.errors import (
     EngineError,
     EngineTimeoutError,
@@ -18,7 +18,6 @@ from slime.engines.errors import (
 )
 from slime.engines.replicas import Endpoint
 from slime.engines.retry import Retry
-from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from slime.engines.transport import Transport
 
 FLUSH_POLL_SECONDS = 0.25
@@ -56,7 +55,7 @@ class EngineControl:
         self._remedy = remedy
         self._timeout = timeout
         self._patience = patience
-        self._key = admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or os.environ.get(API_KEY_VARIABLE)
+        self._key = admin_key or keys.admin_key()
         self._transport = Transport(role, remedy)
 
     async def __aenter__(self) -> Self:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, CPU_VARIABLE
+from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, CHECK_FLAG, CPU_VARIABLE
 from slime.engines.supervisor import Supervisor
 
 Role = Literal["student", "teacher"]
@@ -66,8 +66,7 @@ def sglang_command(
     """
     _check(gpus, tp, host, extra_args, env)
     on_cpu = gpus is None
-    python = sglang_python(env, on_cpu=on_cpu)
-    argv = [python, "-P", str(_SERVE), "--model-path", model_path, "--host", host, "--port", str(port)]
+    argv = [*_serve(env, on_cpu), "--model-path", model_path, "--host", host, "--port", str(port)]
     argv += ["--tp-size", str(tp), *_COMMON_FLAGS]
     if on_cpu:
         argv += _CPU_FLAGS
@@ -77,6 +76,22 @@ def sglang_command(
     if chosen_dtype is not None:
         argv += ["--dtype", chosen_dtype]
     return [*argv, *extra_args], _environment(env, model_path, role, gpus, threads)
+
+
+def sglang_check_command(
+    words: Sequence[str], *, gpus: Sequence[int] | None, env: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment that ask the SGLang of such a server what it thinks of `words`.
+
+    The parser wants a model's name and does not look at it.
+    """
+    argv = [*_serve(env, on_cpu=gpus is None), CHECK_FLAG, "--model-path", "any", *words]
+    return argv, _environment(env, "any", "student", gpus, 1)
+
+
+def _serve(env: Mapping[str, str], on_cpu: bool) -> list[str]:
+    # -P: the folder of the file holds modules whose names must not hide those of the standard library
+    return [sglang_python(env, on_cpu=on_cpu), "-P", str(_SERVE)]
 
 
 def _check(
@@ -153,24 +168,6 @@ def require_sglang(env: Mapping[str, str], *, on_cpu: bool) -> None:
             f"SGLang is not installed for {python}; {remedy}, name a Python that has it by "
             f"{PYTHON_VARIABLE}, or use the transformers engine (SLIME_SCRIPT_ENGINE=transformers)."
         )
-
-
-def passthrough(settings: Mapping[str, str | bool | Sequence[str]]) -> list[str]:
-    """Turn the `--sglang-*` settings of a run into SGLang's own arguments.
-
-    `{"mem_fraction_static": "0.7"}` becomes `--mem-fraction-static 0.7`; True is a flag without a value,
-    False is left out, and a sequence gives one argument several values.
-    """
-    argv: list[str] = []
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            argv += [flag] if value else []
-        elif isinstance(value, str):
-            argv += [flag, value]
-        else:
-            argv += [flag, *value]
-    return argv
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,6 +41,11 @@ def sampled_anatomy(reverse_kl: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
     return metrics
 
 
+def overlap_tokens(ids: Tensor) -> int:
+    """Return how many likeliest tokens of the student are compared with a teacher's `ids` [P, K]."""
+    return min(OVERLAP_TOKENS, ids.shape[1])
+
+
 @torch.no_grad()
 def top_k_anatomy(outputs: LossInputs, top: TopK, batch: MicroBatch) -> dict[str, Tensor]:
     """Return what the teacher's K likeliest tokens show of both models.
@@ -51,7 +56,7 @@ def top_k_anatomy(outputs: LossInputs, top: TopK, batch: MicroBatch) -> dict[str
     ids, mask = batch.teacher_top_ids, batch.loss_mask
     if ids is None:
         return {}
-    count = min(OVERLAP_TOKENS, ids.shape[1])
+    count = overlap_tokens(ids)
     common = (ids[:, :count, None] == outputs.top_ids(count)[:, None, :]).any(dim=2)
     values = {
         "student_top_k_mass": top.log_probs.exp().sum(dim=1),

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slime.backends.base import LossInputs
+from slime.backends.base import ExpectingInputs, LossInputs
 from slime.backends.batching import MicroBatch
 from slime.losses.distillation import reverse_kl
 from slime.losses.importance import truncated_weights
 from slime.losses.kl import KlEstimator, reference_kl
 from slime.losses.reduction import GlobalMean, token_mean_weights, weighted_sum
-from slime.objective.anatomy import sampled_anatomy, top_k_anatomy
+from slime.objective.anatomy import overlap_tokens, sampled_anatomy, top_k_anatomy
 from slime.objective.ratios import ratio
 from slime.objective.streams import (
     Distillation,
@@ -66,6 +66,7 @@ class Objective:
         which are about the tokens at hand.
         """
         per_token = token_mean_weights(batch.loss_mask, self.mean.num_tokens)
+        self._announce(outputs, batch)
         log_probs = outputs.log_probs
         old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
         metrics = {"entropy": weighted_sum(outputs.entropy.detach(), per_token)}
@@ -79,6 +80,13 @@ class Objective:
         for term in terms:
             metrics |= term.metrics
         return torch.stack([term.loss for term in terms]).sum(), metrics
+
+    def _announce(self, outputs: LossInputs, batch: MicroBatch) -> None:
+        """Say what `_distilled` will ask beside log-probs and entropy, where the backend can use that."""
+        ids = batch.teacher_top_ids
+        wanted = self.distillation is not None and self.loss_type == "policy_loss"
+        if wanted and ids is not None and isinstance(outputs, ExpectingInputs):
+            outputs.expect(ids, top=overlap_tokens(ids))
 
     def _reinforced(
         self, outputs: LossInputs, old_log_probs: Tensor, batch: MicroBatch, importance: Tensor

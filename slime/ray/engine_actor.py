@@ -7,6 +7,7 @@ memory, because only it knows that nobody must ask a server for its health whose
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -60,12 +61,17 @@ class EngineActor(Actor):
         """Start the server and return its URL at once; `wait_ready` waits for it.
 
         `gpus` are the node's that it shares with training ranks; None: those that Ray gave this actor.
+
+        Raises:
+            ValueError: a --sglang-* flag is none of the installed SGLang's.
         """
         from slime.engines.process import free_port
+        from slime.engines.sglang_flags import check_sglang_flags
 
         if gpus is None:
             gpus = [int(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
         self._gpus = list(gpus) or None
+        check_sglang_flags(self._args.sglang_command_line(), gpus=self._gpus, env=os.environ)
         self._port = free_port(self._host)
         self._current = Incarnation(self._launch(), 0)
         return self._current.server.url
@@ -167,7 +173,7 @@ class EngineActor(Actor):
         from slime.engines.process import start_server
 
         args = self._args
-        extra = list(args.sglang_command_line()) if args.engine == "sglang" else []
+        extra = args.sglang_command_line()
         if args.colocate and args.engine == "sglang":
             extra = ["--enable-memory-saver", *extra]
         return start_server(

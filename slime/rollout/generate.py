@@ -6,6 +6,8 @@ What was sampled is taken by its ids, never by its text. Nothing here grades or 
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,6 +35,8 @@ class Sampler:
 
     client: EngineClient
     facts: ModelFacts
+    has_deadline: bool = False
+    """Whether responses may be cut off; their requests are then ended at the server too."""
 
 
 _sampler: ContextVar[Sampler] = ContextVar("sampler")
@@ -51,7 +55,9 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
     sampler = _sampler.get()
     images = await data_uris((sample.multimodal_inputs or {}).get("images") or ())
     payload = generate_payload(sample.tokens, sampling_params, images)
-    raw = await sampler.client.generate(payload, group=sample.group_index)
+    raw = await sampler.client.generate(
+        payload, group=sample.group_index, abort_when_cancelled=sampler.has_deadline
+    )
     try:
         answer = parse_generate(raw, vocab_size=sampler.facts.vocab_size)
         _check_prompt(sample, answer, sampler.facts)
@@ -100,6 +106,7 @@ async def generate_all(
     seed_label: str,
     after: Callable[[Sample], Awaitable[None]],
     function: GenerateFunction = generate,
+    deadline: float | None = None,
 ) -> list[Sample]:
     """Answer all samples at once, the client bounding how many are in flight; call `after` as each ends.
 
@@ -112,11 +119,13 @@ async def generate_all(
         seed_label: what the seeds depend on besides run seed and sample index.
         after: scores or grades one answered sample.
         function: generates one sample.
+        deadline: seconds from now on after which unfinished responses are aborted; None: there is none.
 
     Returns:
-        What `function` returned, in the order of `samples`.
+        What `function` returned, in the order of `samples`; an aborted sample has no response.
     """
-    token = _sampler.set(sampler)
+    end = None if deadline is None else asyncio.get_running_loop().time() + deadline
+    token = _sampler.set(dataclasses.replace(sampler, has_deadline=deadline is not None))
     waves = plan_waves(args, samples, sampler.client, seed_label) if args.deterministic_rollout else {}
 
     async def one(sample: Sample, bar: tqdm[Any]) -> Sample:
@@ -124,7 +133,7 @@ async def generate_all(
         params = {**sampling_params, "sampling_seed": seed}
         wave: Wave | None = waves.get(id(sample))
         if wave is None:
-            answered = await function(args, sample, params)
+            answered = await _before(end, function, args, sample, params)
         else:
             async with wave.member():
                 custom = wave.custom_params(sample) if function is generate else {}
@@ -143,6 +152,29 @@ async def generate_all(
             return await together([one(sample, bar) for sample in samples])
     finally:
         _sampler.reset(token)
+
+
+async def _before(
+    end: float | None, function: GenerateFunction, args: Any, sample: Sample, params: dict[str, Any]
+) -> Sample:
+    """Return what `function` makes of a sample before the loop's time is `end`, else the sample as it was,
+    aborted.
+
+    A function that is cut off may leave a half-written sample behind, so an untouched copy takes its place.
+    """
+    if end is None:
+        return await function(args, sample, params)
+    untouched = dataclasses.replace(
+        sample, tokens=list(sample.tokens), metadata=dict(sample.metadata), status=SampleStatus.ABORTED
+    )
+    limit = asyncio.timeout_at(end)
+    try:
+        async with limit:
+            return await function(args, sample, params)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return untouched
 
 
 def _progress(label: str, total: int) -> tqdm[Any]:

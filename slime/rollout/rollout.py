@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class DeadlineError(RuntimeError):
+    """No response of a rollout ended before `--rollout-deadline`."""
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
     """What a rollout yields."""
@@ -67,6 +71,7 @@ async def run_rollout(
     Raises:
         EngineError: an engine failed for good, a score is misaligned, or too many are missing; the rollout is
             given up.
+        DeadlineError: no response ended in time.
     """
     clock = Clock()
     failures = Failures(args, sum(len(group) for group in groups))
@@ -86,7 +91,9 @@ async def run_rollout(
         seed_label=f"rollout-{rollout_id}",
         after=judge,
         function=function,
+        deadline=args.rollout_deadline,
     )
+    _report_aborted(args, rollout_id, samples)
     await rewards.finish(samples)
     spans = clock.spans(rollout_id)
     if failures.failed:
@@ -97,9 +104,31 @@ async def run_rollout(
     return RolloutBatch(samples, metrics, spans)
 
 
+def _report_aborted(args: Args, rollout_id: int, samples: Sequence[Sample]) -> None:
+    """Tell how many responses the deadline cut off.
+
+    Raises:
+        DeadlineError: nothing is left to train on.
+    """
+    aborted = sum(sample.status is SampleStatus.ABORTED for sample in samples)
+    if args.rollout_deadline is None or not aborted:
+        return
+    limit = f"--rollout-deadline {args.rollout_deadline:g}"
+    if not any(sample.status in TRAINED for sample in samples):
+        raise DeadlineError(
+            f"rollout {rollout_id}: {limit} cut off {aborted} of {len(samples)} responses, and nothing is "
+            "left to train on. Give it more seconds, lower --rollout-max-response-len, or drop it."
+        )
+    logger.warning(
+        "rollout %d: %s cut off %d of %d responses. They are masked out of the loss.",
+        *(rollout_id, limit, aborted, len(samples)),
+    )
+
+
 def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) -> dict[str, float]:
     """Return what a rollout was like; shares are of 1, times in seconds."""
-    lengths = [sample.response_length for sample in samples]
+    ended = [sample for sample in samples if sample.status is not SampleStatus.ABORTED]
+    lengths = [sample.response_length for sample in ended]
     trained = [sample for sample in samples if sample.status in TRAINED]
     graded = [sample.metadata["task_reward"] for sample in trained if "task_reward" in sample.metadata]
     raw = [sample.metadata["raw_reward"] for sample in trained]
@@ -107,9 +136,10 @@ def rollout_metrics(samples: Sequence[Sample], clock: Clock, facts: ModelFacts) 
         "reward": _mean(graded or raw),
         "raw_reward": _mean(raw),
         "response_length": _mean(lengths),
-        "response_length_max": float(max(lengths)),
-        "truncated_share": _mean([sample.status == SampleStatus.TRUNCATED for sample in samples]),
-        "rollout/failed_samples": float(len(samples) - len(trained)),
+        "response_length_max": float(max(lengths, default=0)),
+        "truncated_share": _mean([sample.status == SampleStatus.TRUNCATED for sample in ended]),
+        "rollout/failed_samples": float(len(ended) - len(trained)),
+        "rollout/aborted_samples": float(len(samples) - len(ended)),
         "rollout/mixed_version_samples": float(sum(len(sample.weight_versions) > 1 for sample in samples)),
     } | _times(samples, clock, facts)
 
@@ -132,7 +162,9 @@ def teacher_metrics(args: Args, samples: Sequence[Sample], failures: Failures) -
 
 
 def _scored_share(samples: Sequence[Sample]) -> float:
-    return _mean([sample.status in TRAINED for sample in samples])
+    """Return the share of those samples with a score that went to the teacher."""
+    asked = [sample for sample in samples if sample.status is not SampleStatus.ABORTED]
+    return _mean([sample.status in TRAINED for sample in asked])
 
 
 def _engine_reverse_kl(samples: Sequence[Sample]) -> float:

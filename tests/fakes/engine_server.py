@@ -65,6 +65,8 @@ class FakeEngine:
     """How the top-k is written."""
     control_delay: float = 0.0
     """Seconds that any other path takes."""
+    abort_status: int = 200
+    """What an abort is answered; the request ends either way."""
     version: str = "default"
     session_open: bool = False
     """Whether a weight update is under way."""
@@ -75,6 +77,14 @@ class FakeEngine:
     url: str = ""
     in_flight: int = 0
     most_in_flight: int = 0
+    aborted: list[str] = field(default_factory=list)
+    """Ids of the requests that were aborted while they were worked on."""
+    _straggling: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def straggling(self) -> int:
+        """Number of requests that wait to be aborted."""
+        return len(self._straggling)
 
     def bodies(self, path: str = "/generate") -> list[Any]:
         """Return the bodies that were posted to a path."""
@@ -85,21 +95,22 @@ class FakeEngine:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Record the request and answer it, by the fault if one is planted."""
         raw = await request.read()
-        self.requests.append((request.path, json.loads(raw) if raw else None, dict(request.headers)))
+        body: Any = json.loads(raw) if raw else None
+        self.requests.append((request.path, body, dict(request.headers)))
         if request.path != "/generate":
             await asyncio.sleep(self.control_delay)
-            return self._control(request.path)
+            return self._control(request.path, body)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         start = time.perf_counter()
         try:
             await asyncio.sleep(self.delay)
-            return await self._generate(request, json.loads(raw))
+            return await self._generate(request, body)
         finally:
             self.in_flight -= 1
             self.generate_times.append((start, time.perf_counter()))
 
-    def _control(self, path: str) -> web.Response:
+    def _control(self, path: str, body: Any) -> web.Response:
         if self._faulty("unflushed") and path == "/update_weights_from_disk":
             message = "Weights were updated, but the cache was not flushed."
             return web.json_response({"success": False, "message": message}, status=400)
@@ -109,10 +120,16 @@ class FakeEngine:
         if self._faulty("corrupt") and path == "/update_weights_from_disk":
             return web.json_response({"success": False, "message": "no such checkpoint"}, status=400)
         if path == "/update_weights_from_disk":
-            self.version = self.requests[-1][1]["weight_version"]
+            self.version = body["weight_version"]
             return web.json_response({"success": True, "message": "ok"})
         if path in SESSION_PATHS:
             return self._session(path)
+        if path == "/abort_request":
+            straggler = self._straggling.pop(body["rid"], None)
+            if straggler is not None:  # the real server too says 200 to an id that it does not know
+                self.aborted.append(body["rid"])
+                straggler.set()
+            return web.Response(status=self.abort_status)
         if path == "/ready" and self.fault is not None and self.fault_times > 0:
             return web.Response(status=503)
         if path == "/flush_cache":
@@ -138,11 +155,19 @@ class FakeEngine:
         broken = await self._broken_transport(request)
         if broken is not None:
             return broken
+        if self._faulty("straggle"):
+            self._count_fault()
+            await self._straggle(body["rid"])
         answer = self.answer(body)
         if self._faulty("truncated_json"):
             return web.Response(body=json.dumps(answer)[:-20].encode(), content_type="application/json")
         # NaN, where it is planted, goes out as Python's json writes it
         return web.Response(body=json.dumps(answer).encode(), content_type="application/json")
+
+    async def _straggle(self, rid: str) -> None:
+        """Work on a request until it is aborted."""
+        aborted = self._straggling[rid] = asyncio.Event()
+        await aborted.wait()
 
     async def _broken_transport(self, request: web.Request) -> web.StreamResponse | None:
         """Answer in place of the model where the fault lies below it."""

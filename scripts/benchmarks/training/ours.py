@@ -12,13 +12,14 @@ from scripts.benchmarks.training.plain import LEARNING_RATE
 from scripts.benchmarks.training.workload import Shape
 from slime.arguments import parse_args
 from slime.backends import create_backend
+from slime.backends.fsdp.outputs import ResponseOutputs
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
 
 
 class OurTrainer:
-    """One rank of a run with the plain way's objective, and all metrics on."""
+    """One rank of a run with all metrics on, and the plain way's objective (or the divergence of a top-k)."""
 
     def __init__(
         self, model: Path, shape: Shape, samples: Sequence[Sample], pictures: Mapping[str, bytes], port: int
@@ -33,6 +34,7 @@ class OurTrainer:
                 *("--use-dynamic-batch-size", "--max-tokens-per-gpu", str(shape.budget)),
                 *("--calculate-per-token-loss", "--lr", str(LEARNING_RATE)),
                 *("--train-threads", str(torch.get_num_threads())),
+                *(("--opd-loss", "topk", "--opd-top-k", str(shape.top_k)) if shape.top_k else ()),
             ]
         )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
@@ -51,3 +53,13 @@ class OurTrainer:
             "grad_norm": metrics["grad_norm"],
             "micro_batches": metrics["micro_batches"],
         }
+
+
+class ApartTrainer(OurTrainer):
+    """Ours, with a pass over the LM head for every question of the loss. In a process of its own."""
+
+    def __init__(
+        self, model: Path, shape: Shape, samples: Sequence[Sample], pictures: Mapping[str, bytes], port: int
+    ) -> None:
+        ResponseOutputs.expect = lambda self, ids, top: None
+        super().__init__(model, shape, samples, pictures, port)

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from scripts.benchmarks.training.measuring import measured
-from scripts.benchmarks.training.ours import OurTrainer
+from scripts.benchmarks.training.ours import ApartTrainer, OurTrainer
 from scripts.benchmarks.training.plain import PlainTrainer
 from scripts.benchmarks.training.workload import Shape, make_samples
 from slime.engines.process import free_port
 
-WAYS = {"plain": PlainTrainer, "ours": OurTrainer}
+WAYS = {"plain": PlainTrainer, "ours": OurTrainer, "apart": ApartTrainer}
 
 
 def main() -> int:

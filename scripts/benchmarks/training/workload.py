@@ -7,6 +7,7 @@ import io
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -36,6 +37,8 @@ class Shape:
     """Tokens of the longest response."""
     side: int = 256
     """Of a picture, in pixels."""
+    top_k: int = 0
+    """Likeliest tokens of the teacher at each position; 0: its score of the sampled token alone."""
     micro_batches: int = 2
     """Of the plain way, with as many samples each; ours gets as many of as many tokens, if they fit."""
 
@@ -154,11 +157,25 @@ def make_samples(shape: Shape) -> tuple[list[Sample], dict[str, bytes]]:
                 response_length=length,
                 rollout_log_probs=(-10 - torch.rand(length, generator=generator)).tolist(),
                 teacher_log_probs=-10 - torch.rand(length, generator=generator),
+                **_top_k(length, shape, generator),
                 status=SampleStatus.COMPLETED,
                 metadata={"train_reward": 0.0, "task_reward": 0.0},
             )
         )
     return samples, pictures
+
+
+def _top_k(length: int, shape: Shape, generator: torch.Generator) -> dict[str, Any]:
+    """Return a teacher's top-k, half of its mass in the tail; nothing where it is not asked for."""
+    if shape.top_k == 0:
+        return {}
+    first = torch.randint(shape.vocabulary - shape.top_k, (length, 1), generator=generator)
+    shares = torch.rand(length, shape.top_k, generator=generator).sort(descending=True).values + 0.1
+    return {
+        "teacher_top_ids": (first + torch.arange(shape.top_k)).int(),
+        "teacher_top_log_probs": (0.5 * shares / shares.sum(dim=1, keepdim=True)).log(),
+        "teacher_tail_mass": torch.full((length,), 0.5),
+    }
 
 
 def _picture(side: int, generator: torch.Generator) -> bytes:

@@ -208,6 +208,10 @@ CONTRADICTIONS = {
         (*DISTIL, "--rollout-temperature", "0.7", "--no-use-tis"),
         ("--rollout-temperature", "--use-tis"),
     ),
+    "a deterministic deadline": (
+        (*DISTIL, "--deterministic-rollout", "--rollout-deadline", "60"),
+        ("--rollout-deadline 60", "--deterministic-rollout"),
+    ),
     "deterministic sglang": (
         (*DISTIL, "--engine", "sglang", "--deterministic-rollout"),
         ("--deterministic-rollout", "--engine"),

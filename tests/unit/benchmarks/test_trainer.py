@@ -23,12 +23,27 @@ def record(wall: float, cpu: float, peak: float, **values: float) -> dict[str, A
     return {"wall": wall, "cpu": cpu, "peak_bytes": peak, "values": values}
 
 
-def test_both_ways_run_and_take_the_same_step(tmp_path):
+@pytest.mark.parametrize("top_k", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_both_ways_run_and_take_the_same_step(tmp_path, top_k):
     path = tmp_path / "results.json"
-    argv = ["--vocabulary", "2000", "--prompts", "1", "--samples", "4", "--longest", "64", "--side", "64"]
+    argv = [
+        "--top-k",
+        str(top_k),
+        "--vocabulary",
+        "2000",
+        "--prompts",
+        "1",
+        "--samples",
+        "4",
+        "--longest",
+        "64",
+        "--side",
+        "64",
+    ]
     assert trainer.main([*argv, "--rounds", "1", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert set(result["ratios"]) == {"tokens per second", "CPU, ms a token", "peak memory of a step, MB"}
+    assert set(result["records"]) == {"apart" if top_k else "plain", "ours"}
     for records in result["records"].values():
         [step] = records
         assert step["wall"] > 0

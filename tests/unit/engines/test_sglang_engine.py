@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slime.engines.sglang_engine import main, passthrough, require_sglang, sglang_command, sglang_python
+from slime.engines.sglang_engine import main, require_sglang, sglang_command, sglang_python
 from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
 ROOT = Path(__file__).parents[3]
@@ -125,18 +125,6 @@ def test_a_missing_sglang_is_explained(tmp_path, on_cpu, remedy, broken):
         require_sglang({"SLIME_SGLANG_PYTHON": str(python)}, on_cpu=on_cpu)
     assert str(python) in str(error.value)
     assert remedy in str(error.value)
-
-
-def test_settings_pass_through_to_sglang():
-    settings = {
-        "mem_fraction_static": "0.7",
-        "enable-metrics": True,
-        "disable_radix_cache": False,
-        "cuda_graph_bs": ["1", "2"],
-    }
-    assert passthrough(settings) == [
-        *("--mem-fraction-static", "0.7", "--enable-metrics", "--cuda-graph-bs", "1", "2"),
-    ]
 
 
 def test_the_command_prints_what_it_would_run(capsys, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slime.losses.log_probs import chunked_log_probs
+from slime.losses.log_probs import chunked_log_probs, chunked_top_ids
 
 P, H, V, K = 13, 6, 29, 3
 
@@ -58,7 +58,7 @@ def test_no_positions_give_zero_gradients_not_none() -> None:
     """A dummy micro-batch must take part in the reduction of the head's gradient over ranks."""
     head = torch.randn(V, H, requires_grad=True)
     hidden = torch.zeros(0, H, requires_grad=True)
-    log_probs, entropy, _ = chunked_log_probs(hidden, head, torch.zeros(0, 1, dtype=torch.int64))
+    log_probs, entropy, *_ = chunked_log_probs(hidden, head, torch.zeros(0, 1, dtype=torch.int64))
     assert log_probs.shape == (0, 1)
     assert entropy.shape == (0,)
     log_probs.sum().backward()
@@ -77,7 +77,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def test_half_precision_is_normalised_in_float32() -> None:
     hidden, head, ids = inputs(torch.bfloat16)
-    log_probs, entropy, _ = chunked_log_probs(hidden, head, ids, 4)
+    log_probs, entropy, *_ = chunked_log_probs(hidden, head, ids, 4)
     assert log_probs.dtype == entropy.dtype == torch.float32
     logits = (hidden @ head.T).float()
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, ids), rtol=0, atol=1e-5)
@@ -89,7 +89,7 @@ def test_half_precision_is_normalised_in_float32() -> None:
 def test_large_logits_stay_finite() -> None:
     hidden = torch.full((2, 1), 1e4, requires_grad=True)
     head = torch.linspace(-1, 1, V)[:, None].requires_grad_()
-    log_probs, entropy, _ = chunked_log_probs(hidden, head, torch.tensor([[V - 1], [0]]), 8)
+    log_probs, entropy, *_ = chunked_log_probs(hidden, head, torch.tensor([[V - 1], [0]]), 8)
     assert log_probs[:, 0].tolist() == [0.0, -2e4]
     assert entropy.abs().max() < 1e-2
     (log_probs.sum() + entropy.sum()).backward()
@@ -162,3 +162,30 @@ def test_nothing_is_left_beside_the_whole_vocabulary() -> None:
     assert (made.log_rest < -1e4).all()
     gradient, _ = torch.autograd.grad((made.log_rest.exp() * 3).sum(), (hidden, head))
     assert gradient.abs().max() == 0
+
+
+def test_one_pass_gives_what_several_give() -> None:
+    """The sampled token, which may be among the chosen, beside them; the rest leaves only the chosen out."""
+    hidden, head, _ = inputs()
+    masked = torch.tensor([3, V - 1])
+    sampled = torch.arange(P)[:, None] % 9 + 5
+    chosen = torch.tensor([[0, 5], [7, 1], [2, 0]])[torch.arange(P) % 3]
+    assert (chosen == sampled).any()
+    both = torch.cat([sampled, chosen], dim=1)
+    fused = chunked_log_probs(hidden, head, both, 5, masked, with_rest=True, rest_from=1, top=4)
+    alone = chunked_log_probs(hidden, head, sampled, 5, masked)
+    beside = chunked_log_probs(hidden, head, chosen, 5, masked, with_rest=True)
+    torch.testing.assert_close(fused.log_probs, torch.cat([alone.log_probs, beside.log_probs], dim=1))
+    torch.testing.assert_close((fused.entropy, fused.log_rest), (alone.entropy, beside.log_rest))
+    assert torch.equal(fused.top_ids, chunked_top_ids(hidden, head, 4, 5, masked))
+    assert torch.equal(fused.top_ids, (hidden @ head.T).index_fill(1, masked, -1e5).topk(4, dim=1).indices)
+    assert not fused.top_ids.requires_grad
+    weights = torch.linspace(-1, 2, P, dtype=hidden.dtype)
+
+    def loss(log_probs: Tensor, entropy: Tensor, rest: Tensor) -> Tensor:
+        return (log_probs**2).sum() + (entropy * weights).sum() + (rest * weights).exp().sum()
+
+    ours = torch.autograd.grad(loss(fused.log_probs, fused.entropy, fused.log_rest), (hidden, head))
+    apart = torch.cat([alone.log_probs, beside.log_probs], dim=1)
+    expected = torch.autograd.grad(loss(apart, alone.entropy, beside.log_rest), (hidden, head))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)

@@ -1,7 +1,7 @@
 """Keys, hosts and routes that no contract test sees."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from aiohttp import ClientConnectionResetError
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import StreamResponse
 
+from slime.engines.client import EngineClient
 from slime.engines.transformers_engine.__main__ import build, is_loopback, parse_args
+from slime.engines.transformers_engine.generation import Generator
 from slime.tiny.paths import checkpoint_path
 from slime.utils.processing_utils import encode_image_for_rollout_engine
 from tests.contracts.engine_api.support import MODEL, drawn_picture
@@ -31,9 +33,14 @@ async def client(
 
 
 @asynccontextmanager
-async def serving(model: Path) -> AsyncIterator[TestClient]:
+async def serving(
+    model: Path, spy: Callable[[Generator, str | None], None] | None = None
+) -> AsyncIterator[TestClient]:
     args = parse_args(["--model-path", str(model), "--port", "1", "--served-model-name", "student"])
     batcher, generator, app = build(args, lambda: None)
+    if spy is not None:
+        abort = generator.abort
+        generator.abort = lambda rid: (spy(generator, rid), abort(rid))[1]
     batcher.start()
     async with TestClient(TestServer(app)) as client:
         yield client
@@ -109,6 +116,29 @@ async def test_two_requests_with_one_id_are_refused(client):
     assert "Duplicate request ID" in (await second.json())["error"]["message"]
     await client.post("/abort_request", json={"rid": "same"})
     assert (await (await first).json())["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+async def test_a_caller_that_is_cancelled_frees_its_row_by_an_abort():
+    """As a rollout's deadline does it: the request is still there when its abort comes."""
+    aborts: list[tuple[str | None, int]] = []
+    payload = {"input_ids": TEXT_PROMPT, "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
+    async with (
+        serving(MODEL, lambda generator, rid: aborts.append((rid, generator.in_flight))) as client,
+        EngineClient([str(client.make_url("/generate"))]) as engine,
+    ):
+        straggler = asyncio.create_task(engine.generate(payload, abort_when_cancelled=True))
+        while not (await (await client.get("/server_info")).json())["running_requests"]:
+            assert not straggler.done()
+        straggler.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await straggler
+        ((rid, in_flight),) = aborts
+        assert str(rid).startswith("slime-")
+        assert in_flight == 1
+        info = await (await client.get("/server_info")).json()
+        while info["running_requests"]:
+            info = await (await client.get("/server_info")).json()
+        assert info["internal_states"][0]["decode_forwards"] < 4000
 
 
 async def test_a_client_that_leaves_frees_its_row(client):
