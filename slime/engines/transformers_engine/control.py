@@ -39,6 +39,11 @@ class Control:
         return self._paused
 
     @property
+    def _still(self) -> bool:
+        """Whether requests in flight stand still: paused, or retracted while there is no memory for them."""
+        return self._paused or self._memory.lacking() is not None
+
+    @property
     def serving(self) -> bool:
         """Whether a request would be served now."""
         return not (self._batcher.failed or self._paused or self._memory.lacking())
@@ -88,7 +93,7 @@ class Control:
     async def release(self, tags: Sequence[str]) -> None:
         """Give memory back; raise OccupationError unless no request runs, or where it is back already."""
         async with self._update_lock:
-            if not self._paused and self._in_flight:
+            if self._in_flight and not self._still:
                 raise OccupationError(
                     f"{self._in_flight} requests are in flight; pause, or let them end, then release memory."
                 )
@@ -110,13 +115,13 @@ class Control:
     async def exclusive(self, abort_all: bool) -> AsyncIterator[None]:
         """Keep all other updates out, and requests too.
 
-        Unless generation is paused, those in flight are finished (or aborted) first and new ones wait.
+        Those in flight are finished (or aborted) first, unless they stand still, and new ones wait.
         """
         async with self._update_lock:
             if abort_all:
                 self._generator.abort(None)
             with self._closed():
-                if not self._paused:
+                if not self._still:
                     await self._wait_until_idle()
                 yield
 

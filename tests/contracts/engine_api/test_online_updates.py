@@ -1,8 +1,11 @@
 """Weights sent by a running trainer: out of its memory, or over a process group. What is sent is served."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -253,19 +256,37 @@ def test_groups_that_cannot_be_are_refused(own_engine: Engine) -> None:
         assert named in answer["message"]
 
 
-def test_a_trainer_that_leaves_mid_update_does_not_hold_the_engine(
+DYING_TRAINER = """
+import sys, time
+from tests.fakes.weight_senders import join_group, open_store
+group = join_group(open_store(int(sys.argv[1]), 2), 2, "dying")
+print("joined", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_trainer_that_dies_mid_update_does_not_hold_the_engine(
     own_at_original_weights: Engine, weights: dict[str, Tensor]
 ) -> None:
-    engine = own_at_original_weights
+    engine, port = own_at_original_weights, free_port()
     before = scores(engine)
-    with session(engine):
-        with joined_group(engine, "left") as group, ThreadPoolExecutor(1) as pool:
-            body = described({NAME: weights[NAME], "lm_head.weight": weights["lm_head.weight"]})
-            asked = pool.submit(
-                engine.ask, "POST", "/update_weights_from_distributed", body | {"group_name": "left"}
-            )
-            broadcast({NAME: weights[NAME]}, group, flat=False)
-            group.abort()
-            status, answer = asked.result(60)
+    place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
+    command = [sys.executable, "-c", DYING_TRAINER, str(port)]
+    with (
+        session(engine),
+        ThreadPoolExecutor(2) as pool,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer,
+    ):
+        joining = pool.submit(engine.post, "/init_weights_update_group", place | group_body("dying"))
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "joined\n"
+        assert joining.result(60)["success"]
+        body = described({NAME: weights[NAME]}) | {"group_name": "dying"}
+        asked = pool.submit(engine.ask, "POST", "/update_weights_from_distributed", body)
+        with pytest.raises(FutureTimeoutError):
+            asked.result(0.5)
+        trainer.kill()
+        status, answer = asked.result(60)
         assert (status, answer["success"]) == (400, False)
+        engine.post("/destroy_weights_update_group", {"group_name": "dying"})
     assert torch.equal(scores(engine), before)
