@@ -1,30 +1,15 @@
-"""The trainer's side of the online weight updates, in one process: what a real trainer sends, and no more.
-
-A payload of `/update_weights_from_tensor` holds names and where the tensors lie in shared memory; a group of
-`/update_weights_from_distributed` is made the way SGLang makes its own.
-"""
+"""The trainer's side of the online weight updates, in one process: what a real trainer sends, and no more."""
 
 import base64
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 import torch.multiprocessing
 from torch import Tensor
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.distributed_c10d import (
-    Backend,
-    GroupName,
-    PrefixStore,
-    _new_process_group_helper,
-    _world,
-)
-
-GROUP_SECONDS = 60.0
 
 
 def flattened(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -33,47 +18,26 @@ def flattened(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def payload(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def payload(tensors: Mapping[str, Tensor], protocol: int | None = None) -> Iterator[str]:
     """Give the base64 payload of `tensors`, all views of one flat shared storage that lives for the block."""
     flat = flattened(tensors).share_memory_()
     views, offset = [], 0
     for name, tensor in tensors.items():
         views.append((name, flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)))
         offset += tensor.nbytes
-    yield pickled(views)
+    yield pickled(views, protocol)
 
 
-def pickled(value: Any) -> str:
-    """Pickle tensors by reference to files in shared memory, base64."""
+def pickled(value: Any, protocol: int | None = None, strategy: str = "file_system") -> str:
+    """Pickle tensors by reference to their shared memory, base64; torch's `strategy` says how it is found."""
     before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
+    torch.multiprocessing.set_sharing_strategy(strategy)
     try:
         buffer = io.BytesIO()
-        ForkingPickler(buffer).dump(value)
+        ForkingPickler(buffer, protocol).dump(value)
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def open_store(port: int, world_size: int) -> TCPStore:
-    """Open the group's meeting place without waiting for the others."""
-    timeout = timedelta(seconds=GROUP_SECONDS)
-    return TCPStore("127.0.0.1", port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-
-
-def join_group(store: TCPStore, world_size: int, name: str) -> Any:
-    """Join as rank 0; blocks until the engines have joined."""
-    group, _ = _new_process_group_helper(
-        world_size,
-        0,
-        [],
-        Backend("gloo"),
-        PrefixStore(name, store),
-        group_name=GroupName(name),
-        timeout=timedelta(seconds=GROUP_SECONDS),
-    )
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

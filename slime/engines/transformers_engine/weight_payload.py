@@ -10,12 +10,16 @@ import binascii
 import io
 import pickle
 import pickletools
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 _REBUILDING = "torch.multiprocessing.reductions"
+_DEVICE_ARGUMENT = 6
+"""Place of the GPU's number among the arguments of torch's function."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the tensors that are taken."""
 GLOBALS = frozenset(
@@ -29,7 +33,8 @@ GLOBALS = frozenset(
         *(("torch", dtype) for dtype in DTYPES),
     }
 )
-CUDA_GLOBALS = frozenset({(_REBUILDING, "rebuild_cuda_tensor"), ("torch.storage", "TypedStorage")})
+CUDA_REBUILD = "rebuild_cuda_tensor"
+CUDA_GLOBALS = frozenset({(_REBUILDING, CUDA_REBUILD), ("torch.storage", "TypedStorage")})
 """More names, for tensors on a GPU."""
 OPCODES = frozenset(
     {
@@ -65,7 +70,7 @@ def read_payload(payload: str, device: torch.device) -> dict[str, Tensor]:
     _check_opcodes(data)
     allowed = GLOBALS | CUDA_GLOBALS if device.type == "cuda" else GLOBALS
     try:
-        value = _Unpickler(data, allowed).load()
+        value = _Unpickler(data, allowed, device).load()
     except PayloadRefusedError:
         raise
     except _BROKEN as error:
@@ -93,9 +98,10 @@ _BROKEN = (
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: frozenset[tuple[str, str]]):
+    def __init__(self, data: bytes, allowed: frozenset[tuple[str, str]], device: torch.device):
         super().__init__(io.BytesIO(data))
         self._allowed = allowed
+        self._device = device
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Find a listed name; refuse all others."""
@@ -104,7 +110,16 @@ class _Unpickler(pickle.Unpickler):
                 f"the payload names {module_name}.{global_name}, which is refused: only named tensors are "
                 "taken."
             )
+        if global_name == CUDA_REBUILD:
+            return partial(_open_here, self._device)
         return super().find_class(module_name, global_name)
+
+
+def _open_here(device: torch.device, *arguments: Any) -> Tensor:
+    """Open GPU memory on the engine's own GPU: the sender may count the GPUs differently."""
+    given = list(arguments)
+    given[_DEVICE_ARGUMENT] = torch.cuda.current_device() if device.index is None else device.index
+    return reductions.rebuild_cuda_tensor(*given)
 
 
 def _check_opcodes(data: bytes) -> None:

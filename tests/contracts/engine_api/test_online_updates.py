@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slime.engines.process import free_port
+from slime.weight_sync.distributed import join_as_first
 from tests.contracts.engine_api.support import (
     MODEL,
     NO_PADS,
@@ -29,7 +30,7 @@ from tests.contracts.engine_api.support import (
     save_changed_model,
 )
 from tests.contracts.reference import TOLERANCE, Reference
-from tests.fakes.weight_senders import broadcast, described, join_group, open_store, payload, pickled
+from tests.fakes.weight_senders import broadcast, described, payload, pickled
 
 SCORE = {"sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0}
 TEXT = {"input_ids": TEXT_PROMPT, **SCORE}
@@ -95,11 +96,10 @@ def session(engine: Engine) -> Iterator[None]:
 def joined_group(engine: Engine, name: str) -> Iterator[Any]:
     """Make a process group of this process and the engine."""
     port = free_port()
-    store = open_store(port, 2)
     place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(engine.post, "/init_weights_update_group", place | group_body(name))
-        group = join_group(store, 2, name)
+        group = join_as_first("127.0.0.1", port, 2, name, "gloo")
         assert asked.result(60) == {
             "success": True,
             "message": "Succeeded to initialize custom process group.",
@@ -258,8 +258,8 @@ def test_groups_that_cannot_be_are_refused(own_engine: Engine) -> None:
 
 DYING_TRAINER = """
 import sys, time
-from tests.fakes.weight_senders import join_group, open_store
-group = join_group(open_store(int(sys.argv[1]), 2), 2, "dying")
+from slime.weight_sync.distributed import join_as_first
+group = join_as_first("127.0.0.1", int(sys.argv[1]), 2, "dying", "gloo")
 print("joined", flush=True)
 time.sleep(600)
 """

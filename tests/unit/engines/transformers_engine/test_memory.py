@@ -1,5 +1,7 @@
 """Released memory is really free, and what comes back is what was there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,12 +15,13 @@ from tests.unit.engines.transformers_engine.support import (
     load_parts,
     make_job,
     make_prompt,
+    save_text_model,
 )
 
 
-def make_memory() -> tuple[EngineModel, Stepper, Memory]:
+def make_memory(path: Path = MODEL) -> tuple[EngineModel, Stepper, Memory]:
     """Build all on a model of its own, since it loses its weights."""
-    model = EngineModel(str(MODEL), torch.float32, torch.device("cpu"))
+    model = EngineModel(str(path), torch.float32, torch.device("cpu"))
     stepper = Stepper(
         model,
         StopChecker(load_parts()[0]),
@@ -65,6 +68,18 @@ def test_weights_are_freed_and_come_back_when_written() -> None:
     assert not stepper.held
     assert all(torch.equal(tensor, buffers[name]) for name, tensor in model.net.named_buffers())
     assert torch.equal(logits(model), before)
+
+
+def test_a_tied_head_comes_back_with_its_embedding(tmp_path: Path) -> None:
+    model, _, memory = make_memory(save_text_model(tmp_path / "tied", tied=True))
+    weights = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
+    head = weights.pop("lm_head.weight")
+    memory.release(["weights"])
+    memory.resume(["weights"])
+    model.write_weights(weights)
+    memory.written(weights)
+    assert memory.lacking() is None
+    assert torch.equal(model.net.lm_head.weight, head)
 
 
 def test_running_rows_keep_everything() -> None:

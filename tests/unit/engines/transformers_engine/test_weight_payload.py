@@ -5,13 +5,13 @@ import io
 import os
 import pickle
 from collections.abc import Callable
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.storage
+from torch.multiprocessing import reductions
 
 from slime.engines.transformers_engine.weight_payload import PayloadRefusedError, read_payload
 from tests.fakes.weight_senders import payload, pickled
@@ -44,8 +44,9 @@ def refusal(given: str) -> str:
     return str(caught.value)
 
 
-def test_named_tensors_come_back_whole() -> None:
-    with payload(TENSORS) as given:
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_named_tensors_come_back_whole(protocol: int) -> None:
+    with payload(TENSORS, protocol) as given:
         read = read_payload(given, CPU)
         assert list(read) == ["a", "b", "c"]
         for name, tensor in TENSORS.items():
@@ -137,14 +138,7 @@ def test_memory_that_is_gone_is_refused() -> None:
 
 def test_torchs_other_way_of_sharing_is_refused() -> None:
     # By file descriptors, which another process can only fetch from a server in the sender.
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_descriptor")
-    try:
-        buffer = io.BytesIO()
-        ForkingPickler(buffer).dump([("w", torch.ones(5))])
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
-    message = refusal(base64.b64encode(buffer.getvalue()).decode())
+    message = refusal(pickled([("w", torch.ones(5))], strategy="file_descriptor"))
     assert "is refused" in message
 
 
@@ -153,3 +147,18 @@ def test_memory_of_a_gpu_is_refused_on_a_cpu() -> None:
     assert "rebuild_cuda_tensor" in refusal(base64.b64encode(data).decode())
     with pytest.raises(PayloadRefusedError, match="cannot be read"):
         read_payload(base64.b64encode(data).decode(), torch.device("cuda"))
+
+
+def test_memory_of_a_gpu_is_opened_on_the_engines_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [torch.Tensor, torch.Size([2]), (1,), 0, torch.storage.TypedStorage, torch.float32, 3, b"h"]
+    arguments += [8, 0, False, b"r", 0, b"e", True]
+    given = encoded([("w", Reduced(reductions.rebuild_cuda_tensor, *arguments))])
+    calls: list[Any] = []
+
+    def rebuild(*arguments: Any) -> torch.Tensor:
+        calls.append(list(arguments))
+        return torch.ones(2)
+
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", rebuild)
+    assert torch.equal(read_payload(given, torch.device("cuda:1"))["w"], torch.ones(2))
+    assert calls == [[*arguments[:6], 1, *arguments[7:]]]
