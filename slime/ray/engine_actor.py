@@ -83,7 +83,8 @@ class EngineActor(Actor):
             try:
                 current.server.wait_ready(self._args.engine_start_timeout)
             except RuntimeError:
-                if current.number == 0 or current.server.alive or self._lost.is_set():
+                first_start = not (current.ready or current.number)
+                if first_start or current.server.alive or self._lost.is_set():
                     raise
                 time.sleep(WATCH_SECONDS)  # `watch` starts the next one, or gives up
                 continue

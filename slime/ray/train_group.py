@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.ray.cluster import Cluster
+from slime.ray.cluster import Cluster, EnginesLost
 from slime.ray.engine_group import SharedGpus
 from slime.ray.rollout_group import RolloutGroup
 from slime.ray.train_actor import TrainActor
@@ -115,10 +115,28 @@ class TrainGroup:
         """Bring the trainer's weights to the engines, where there are any; what they sample next comes from
         these.
 
+        An engine that dies meanwhile is started anew and gets them in a second round.
+
         Raises:
             ActorError: an engine refused them.
             WeightMismatchError: an engine does not compute with them what the trainer does.
         """
+        try:
+            return self._publish(rollouts)
+        except EnginesLost:
+            return self._publish(rollouts)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write model, optimizer and schedule into the folder of a checkpoint."""
+        self._turns.to_training()
+        self._everywhere("save", str(checkpoint.resolve() / TRAINER_FOLDER))
+
+    def load(self, checkpoint: Path) -> None:
+        """Read what `save` wrote."""
+        self._turns.to_training()
+        self._everywhere("load", str(checkpoint.resolve() / TRAINER_FOLDER))
+
+    def _publish(self, rollouts: RolloutGroup) -> dict[str, float]:
         start = time.perf_counter()
         self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
         if not rollouts.has_engines:
@@ -140,16 +158,6 @@ class TrainGroup:
             self._probe = rollouts.probe()
         # Sharing GPUs, the trainers compare when it is their turn again: the weights are still these.
         return metrics | (self._compare() if isinstance(self._turns, Apart) else {})
-
-    def save(self, checkpoint: Path) -> None:
-        """Write model, optimizer and schedule into the folder of a checkpoint."""
-        self._turns.to_training()
-        self._everywhere("save", str(checkpoint.resolve() / TRAINER_FOLDER))
-
-    def load(self, checkpoint: Path) -> None:
-        """Read what `save` wrote."""
-        self._turns.to_training()
-        self._everywhere("load", str(checkpoint.resolve() / TRAINER_FOLDER))
 
     def _probe_is_due(self) -> bool:
         when = self._args.check_weight_sync

@@ -69,6 +69,8 @@ class Turns:
 
     def to_sync(self) -> None:
         """Make room for the engines' weights beside the trainers' model."""
+        if self.turn is Turn.SYNC:
+            return
         self.to_training()
         self._trainers.offload_optimizer()
         self._engines.resume_memory(WEIGHTS)

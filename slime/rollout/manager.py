@@ -63,6 +63,7 @@ class RolloutManager:
             recording_path(self._recordings, 0).parent.mkdir(parents=True, exist_ok=True)
         self._engines = self._engine_client(engine_urls)
         self._teacher: EngineClient | None = None
+        self._version: str | None = None
         self._probe_sample: Sample | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-loop", daemon=True)
@@ -92,6 +93,7 @@ class RolloutManager:
 
     def expect_version(self, version: str) -> None:
         """Take no answer of an engine from now on but of the weights `version`."""
+        self._version = version
         self._run(self._engines.expect(version))
 
     def probe(self) -> Probe:
@@ -236,6 +238,8 @@ class RolloutManager:
         answers = []
         for endpoint in self._engines.endpoints:
             async with self._engine_client([endpoint.generate_url]) as client:
+                if self._version is not None:
+                    await client.expect(self._version)
                 answers += await generate_all(
                     self._args,
                     [dataclasses.replace(sample)],

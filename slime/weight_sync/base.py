@@ -26,6 +26,12 @@ class EngineMember:
     """How often its server was started anew: a new process is in no group and holds the first weights."""
 
 
+def drain(parameters: Parameters) -> None:
+    """Go through all of them and keep none: a rank that only helps the others to gather."""
+    for _ in parameters:
+        pass
+
+
 class WeightSender(Protocol):
     """One training rank's part in bringing weights to engines that are held still meanwhile."""
 
@@ -43,6 +49,10 @@ class WeightSender(Protocol):
         Raises:
             EngineError: an engine refused, or is gone.
         """
+        ...
+
+    def drain(self, parameters: Parameters) -> None:
+        """Go through what is left of an update that this rank has given up, in step with the others."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slime.engines.control import EngineControl
-from slime.weight_sync.base import EngineMember, Parameters
+from slime.weight_sync.base import EngineMember, Parameters, drain
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
@@ -48,6 +48,10 @@ class DiskSender:
             self._retire_all_but(target)
         return self._bytes
 
+    def drain(self, parameters: Parameters) -> None:
+        """Gather what is left; nothing of it is kept."""
+        drain(parameters)
+
     def close(self) -> None:
         """Do nothing: the folder is its maker's."""
 
@@ -75,8 +79,7 @@ def write_weights(
         FileExistsError: `target` is there already.
     """
     if not writes:
-        for _ in parameters:
-            pass
+        drain(parameters)
         return 0
     if target.exists():
         raise FileExistsError(f"{target} exists; a version of the weights is published once.")

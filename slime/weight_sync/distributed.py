@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from slime.engines.control import EngineControl
 from slime.engines.errors import EngineError
-from slime.weight_sync.base import EngineMember, Parameters
+from slime.weight_sync.base import EngineMember, Parameters, drain
 from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
 
 GROUP_PREFIX = "slime-weights-"
@@ -56,8 +56,7 @@ class DistributedSender:
     ) -> int:
         """Broadcast bucket after bucket; every engine copies it into its model."""
         if not self._leads:
-            for _ in parameters:
-                pass
+            drain(parameters)
             return 0
         if tuple(engines) != self._members:
             await self._meet(engines, control)
@@ -75,6 +74,11 @@ class DistributedSender:
                 beside(self._broadcast, bucket),
             )
         return total
+
+    def drain(self, parameters: Parameters) -> None:
+        """Gather what is left. The group has lost a member and is left alone."""
+        self._members = ()
+        drain(parameters)
 
     def close(self) -> None:
         """Leave the group."""

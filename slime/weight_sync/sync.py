@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slime.engines.control import EngineControl
+from slime.engines.errors import EnginesLostError, EngineUnreachableError
 from slime.weight_sync.base import EngineMember, Parameters, WeightSender
 from slime.weight_sync.checked import checked
 from slime.weight_sync.disk import DiskSender
@@ -40,10 +41,17 @@ class WeightSync:
         then is neither the old weights nor the new ones.
 
         Raises:
-            EngineError: an engine refused, or is gone.
+            EnginesLostError: an engine is gone. All ranks have come to the end all the same, and may publish
+                again.
+            EngineError: an engine refused.
             RuntimeError: they are not the weights of the checkpoint that the engines were started from.
         """
-        return asyncio.run(self._publish(checked(parameters, self._checkpoint), engines, version))
+        stream = checked(parameters, self._checkpoint)
+        try:
+            return asyncio.run(self._publish(stream, engines, version))
+        except EngineUnreachableError as error:
+            self._sender.drain(stream)  # the other ranks gather with this one
+            raise EnginesLostError(str(error)) from error
 
     def close(self) -> None:
         """Give back what is kept between two updates."""

@@ -17,7 +17,8 @@ import torch.multiprocessing
 from torch import Tensor
 
 from slime.engines.control import EngineControl
-from slime.weight_sync.base import EngineMember, Parameters
+from slime.engines.errors import EngineError
+from slime.weight_sync.base import EngineMember, Parameters, drain
 from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
 
 SHARED_BY_NAME = "file_system"
@@ -42,17 +43,31 @@ class TensorSender:
     ) -> int:
         """Fill bucket after bucket and let every engine copy it into its model."""
         if self._device.type == "cpu" and not self._leads:
-            for _ in parameters:
-                pass
+            drain(parameters)
             return 0
         total = 0
+        failure: EngineError | None = None
         for bucket in fill_buckets(parameters, self._bucket_bytes, self._memory()):
             total += bucket.flat.numel()
             payloads = self._payloads(bucket, engines)
-            if self._leads:
-                await control.update_weights_from_tensor(payloads, version if bucket.last else None)
+            if self._leads and failure is None:
+                try:
+                    await control.update_weights_from_tensor(payloads, version if bucket.last else None)
+                except EngineError as error:
+                    failure = error  # the other ranks are still to come to their end
             self._wait_for_all()
+        if failure is not None:
+            raise failure
         return total
+
+    def drain(self, parameters: Parameters) -> None:
+        """Fill the buckets that are left, and let the other ranks hand over theirs to nobody."""
+        if self._device.type == "cpu":
+            drain(parameters)
+            return
+        for bucket in fill_buckets(parameters, self._bucket_bytes, self._memory()):
+            self._payloads(bucket, ())
+            self._wait_for_all()
 
     def close(self) -> None:
         """Do nothing: a bucket lives no longer than its update."""

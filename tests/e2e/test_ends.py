@@ -47,7 +47,8 @@ def test_a_second_ctrl_c_does_not_cut_the_end_short(data, teacher, tmp_path):
     "victim", ["ray::TrainActor", pytest.param("transformers_engine", marks=pytest.mark.slow)]
 )
 def test_a_dead_process_ends_the_run_with_its_name_and_log(data, teacher, tmp_path, victim):
-    with running(arguments(data, teacher.url, tmp_path / "run", *MANY), tmp_path / "run") as job:
+    flags = (*MANY, "--engine-restarts", "0")
+    with running(arguments(data, teacher.url, tmp_path / "run", *flags), tmp_path / "run") as job:
         _wait_for_training(job)
         os.kill(job.find(f"{victim}(?!.*supervisor)").pid, signal.SIGKILL)
         assert job.wait(60) == 1, job.console

@@ -1,12 +1,15 @@
-"""A teacher killed under its requests costs a run nothing: the launcher's own, and one of two replicas."""
+"""A server killed under its requests costs a run nothing: a teacher, the launcher's own or one of two
+replicas, and an engine of the student's, one of two or the only one."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import psutil
+import pytest
 
 from slime.engines.process import free_port
 from tests.fakes.jobs import arguments, launched, running, start_teacher
@@ -70,3 +73,27 @@ def test_one_of_two_replicas_is_killed_and_the_other_does_its_work(data, teacher
             job.assert_nothing_left()
     assert teacher.alive
     assert_nothing_lost(folder)
+
+
+@pytest.mark.parametrize("engines", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_engine_is_started_anew_with_the_current_weights(
+    data, teacher, tmp_path: Path, engines: int
+):
+    """With another beside it the rollout goes on there; the only one's rollout is made once more."""
+    folder = tmp_path / "run"
+    flags = ("--num-rollout", str(ROLLOUTS), "--skip-eval-before-train", "--rollout-num-gpus", str(engines))
+    flags = (*flags, "--check-weight-sync", "every")
+    with running(arguments(data, teacher.url, folder, *flags), folder) as job:
+        job.wait_for(rf"rollout +1/{ROLLOUTS}")
+        victim = job.find_all(r"transformers_engine (?!.*supervisor)")[0]
+        port = int(re.search(r"--port (\d+)", " ".join(victim.cmdline())).group(1))  # type: ignore[union-attr]
+        kill_with_requests(victim, port, lambda: job.process.poll() is None)
+        assert job.wait() == 0, job.console
+        job.assert_nothing_left()
+    assert "ended with exit status 137 in the middle of the run; restart 1 of 3" in job.console
+    assert_nothing_lost(folder)
+    records = rollout_records(folder)
+    assert records[0]["rollout/engine_restarts"] == 0
+    assert records[-1]["rollout/engine_restarts"] == 1
+    assert all(record["sync/logprob_abs_diff"] < 1e-3 for record in records)
+    assert all(record["rollout/mixed_version_samples"] == 0 for record in records)
