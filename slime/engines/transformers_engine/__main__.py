@@ -21,11 +21,15 @@ from slime.engines.transformers_engine.control import Control
 from slime.engines.transformers_engine.generation import Generator, Limits
 from slime.engines.transformers_engine.images import ImageLoader
 from slime.engines.transformers_engine.info import ServerInfo
+from slime.engines.transformers_engine.memory import Memory
 from slime.engines.transformers_engine.model import EngineModel
 from slime.engines.transformers_engine.prompt import VisionTokens
 from slime.engines.transformers_engine.server import EngineServer, Keys
 from slime.engines.transformers_engine.stepper import Stepper
 from slime.engines.transformers_engine.stopping import StopChecker
+from slime.engines.transformers_engine.update_routes import UpdateRoutes
+from slime.engines.transformers_engine.weight_group import UpdateGroups
+from slime.engines.transformers_engine.weight_updates import WeightUpdates
 from slime.utils.processing_utils import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -184,7 +188,10 @@ def build(
         Limits(context_length=context, eos_ids=eos),
         args.random_seed,
     )
-    control = Control(batcher, generator, args.model_path, args.served_model_name or args.model_path)
+    memory = Memory(model, stepper)
+    served_name = args.served_model_name or args.model_path
+    control = Control(batcher, generator, memory, args.model_path, served_name)
+    updates = WeightUpdates(batcher, control, memory, UpdateGroups(model.device))
     info = ServerInfo(
         tokenizer_path=args.model_path,
         sees=model.sees,
@@ -194,7 +201,8 @@ def build(
         settings=vars(args),
     )
     keys = Keys(os.environ.get("SLIME_ENGINE_API_KEY"), os.environ.get("SLIME_ENGINE_ADMIN_KEY"))
-    return batcher, generator, EngineServer(batcher, generator, control, info, keys).application()
+    server = EngineServer(batcher, generator, control, UpdateRoutes(control, updates), info, keys)
+    return batcher, generator, server.application()
 
 
 def main() -> int:

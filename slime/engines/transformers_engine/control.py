@@ -1,48 +1,63 @@
-"""The engine's switchboard beside generation: pause and continue, abort, weight updates, versions."""
+"""The engine's switchboard beside generation: who may run when, over pauses, updates and released memory."""
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal
-
-from safetensors import SafetensorError
+from typing import Literal
 
 from slime.engines.transformers_engine.batcher import Batcher
+from slime.engines.transformers_engine.errors import NotServing
 from slime.engines.transformers_engine.generation import Generator
+from slime.engines.transformers_engine.memory import Memory, OccupationError
 
 PauseMode = Literal["abort", "retract", "in_place"]
 PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
-NOT_FLUSHED = "Weights were updated, but the cache was not flushed, because requests are running."
-logger = logging.getLogger(__name__)
 
 
 class Control:
     """Event-loop side of the control endpoints. While its gate is closed, new requests wait before it."""
 
-    def __init__(self, batcher: Batcher, generator: Generator, model_path: str, served_name: str):
+    def __init__(
+        self, batcher: Batcher, generator: Generator, memory: Memory, model_path: str, served_name: str
+    ):
         self.model_path = model_path
         self.served_name = served_name
         self._batcher = batcher
         self._generator = generator
+        self._memory = memory
         self._gate = asyncio.Event()
         self._gate.set()
         self._paused = False
         self._update_lock = asyncio.Lock()
         self._idle = asyncio.Condition()
         self._in_flight = 0
-        self.session_open = False
 
     @property
     def paused(self) -> bool:
         """Whether generation is paused."""
         return self._paused
 
+    @property
+    def _still(self) -> bool:
+        """Whether requests in flight stand still: paused, or retracted while there is no memory for them."""
+        return self._paused or self._memory.lacking() is not None
+
+    @property
+    def serving(self) -> bool:
+        """Whether a request would be served now."""
+        return not (self._batcher.failed or self._paused or self._memory.lacking())
+
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """Wait while paused or updating, then count as in flight."""
+        """Wait while paused or updating, then count as in flight.
+
+        Raises:
+            NotServing: memory that the model needs is released.
+        """
         await self._gate.wait()
+        if lacking := self._memory.lacking():
+            raise NotServing(lacking)
         self._in_flight += 1
         try:
             yield
@@ -75,35 +90,20 @@ class Control:
         running = await asyncio.wrap_future(self._batcher.call(self._batcher.running))
         return running == 0 and (self._paused or self._in_flight == 0)
 
-    async def update_weights(
-        self, path: str, version: str | None, *, abort_all: bool, flush: bool
-    ) -> dict[str, Any]:
-        """Replace the weights by a checkpoint's; on any failure the old ones stay. Return the answer's body.
+    async def release(self, tags: Sequence[str]) -> None:
+        """Give memory back; raise OccupationError unless no request runs, or where it is back already."""
+        async with self._update_lock:
+            if self._in_flight and not self._still:
+                raise OccupationError(
+                    f"{self._in_flight} requests are in flight; pause, or let them end, then release memory."
+                )
+            with self._closed():
+                await asyncio.wrap_future(self._batcher.call(lambda: self._memory.release(tags)))
 
-        Unless generation is paused, requests in flight are finished (or aborted) first and new ones wait.
-        """
-        async with self._update_lock, self._exclusive(abort_all):
-            try:
-                weights = await asyncio.to_thread(self._batcher.model.read_weights, path)
-            except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-                logger.warning("weights of %s were refused: %s", path, error)
-                message = f"Failed to update weights from {path}: {error}. The old weights stay."
-                return {"success": False, "message": message, "num_paused_requests": 0}
-
-            def write() -> int:
-                self._batcher.model.write_weights(weights)
-                if version is not None:
-                    self._batcher.set_version(version)
-                return self._batcher.running()
-
-            running = await asyncio.wrap_future(self._batcher.call(write))
-            self.model_path = self.served_name = path
-            if running and flush:
-                return {"success": False, "message": NOT_FLUSHED, "num_paused_requests": running}
-            message = "Succeeded to update model weights."
-            if version is not None:
-                message += f" Weight version updated to {version}."
-            return {"success": True, "message": message, "num_paused_requests": running}
+    async def reoccupy(self, tags: Sequence[str]) -> None:
+        """Take released memory again; raise OccupationError where it was not released."""
+        async with self._update_lock:
+            await asyncio.wrap_future(self._batcher.call(lambda: self._memory.resume(tags)))
 
     async def set_version(self, version: str, *, abort_all: bool) -> None:
         """Rename the current weights."""
@@ -112,15 +112,23 @@ class Control:
         await asyncio.wrap_future(self._batcher.call(lambda: self._batcher.set_version(version)))
 
     @asynccontextmanager
-    async def _exclusive(self, abort_all: bool) -> AsyncIterator[None]:
-        if abort_all:
-            self._generator.abort(None)
-        if self._paused:
-            yield
-            return
+    async def exclusive(self, abort_all: bool) -> AsyncIterator[None]:
+        """Keep all other updates out, and requests too.
+
+        Those in flight are finished (or aborted) first, unless they stand still, and new ones wait.
+        """
+        async with self._update_lock:
+            if abort_all:
+                self._generator.abort(None)
+            with self._closed():
+                if not self._still:
+                    await self._wait_until_idle()
+                yield
+
+    @contextlib.contextmanager
+    def _closed(self) -> Iterator[None]:
         self._gate.clear()
         try:
-            await self._wait_until_idle()
             yield
         finally:
             if not self._paused:

@@ -47,8 +47,8 @@ class InternalFault(RequestError):  # noqa: N818
         return "Internal Server Error"
 
 
-class EngineFailed(RequestError):  # noqa: N818
-    """The model thread died; the engine ends and every open request with it."""
+class NotServing(RequestError):  # noqa: N818
+    """The engine lives, and takes no work at the moment: it gave its memory back."""
 
     status = 503
 
@@ -56,3 +56,7 @@ class EngineFailed(RequestError):  # noqa: N818
     def body(self) -> Any:
         """The form of a scheduler's failure."""
         return {"object": "error", "message": str(self), "type": "503", "param": None, "code": 503}
+
+
+class EngineFailed(NotServing):
+    """The model thread died; the engine ends and every open request with it."""

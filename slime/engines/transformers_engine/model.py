@@ -227,11 +227,33 @@ class EngineModel:
                 f"surplus {surplus[:3]} ({len(surplus)}); give a checkpoint of that model."
             )
 
+    def check_part(self, weights: dict[str, Tensor]) -> None:
+        """Raise ValueError unless each tensor, in a checkpoint's names, is one of this model's."""
+        if self.config.model_type not in STORED_AS_SERVED:
+            raise ValueError(
+                f"the tensors of a {self.config.model_type} checkpoint are converted as a whole; update its "
+                "weights by /update_weights_from_disk."
+            )
+        own = self.net.state_dict()
+        if surplus := sorted(weights.keys() - own.keys()):
+            raise ValueError(
+                f"the served model has no {surplus[0]} ({len(surplus)} such tensors); send the names of its "
+                "checkpoint."
+            )
+        if wrong := [name for name, value in weights.items() if value.shape != own[name].shape]:
+            raise ValueError(
+                f"{wrong[0]} has shape {tuple(weights[wrong[0]].shape)}, the served model has "
+                f"{tuple(own[wrong[0]].shape)} ({len(wrong)} such tensors)."
+            )
+
     @torch.inference_mode()
     def write_weights(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite the served weights in place."""
-        for name, value in self.net.state_dict().items():
-            value.copy_(weights[name])
+        """Overwrite served weights in place, all or some. On return nothing reads `weights` any more."""
+        own = self.net.state_dict()
+        for name, value in weights.items():
+            own[name].copy_(value)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _load(self, path: str, weights: dict[str, Tensor] | None = None) -> Any:
         """Load a checkpoint folder, or convert `weights` that were read from it; refuse what does not fit."""

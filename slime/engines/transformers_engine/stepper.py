@@ -35,6 +35,8 @@ class Stepper:
         self.model = model
         self.waiting: WaitingQueue = WaveQueue() if deterministic else ArrivalQueue()
         self.rows = Rows(max_running, model.new_cache(), model.device)
+        self.held = False
+        """While true no step is run: the model's memory is released."""
         self._stops = stops
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
@@ -43,7 +45,7 @@ class Stepper:
 
     def runnable(self) -> bool:
         """Tell whether a step would do anything."""
-        return bool(len(self.rows)) or self.waiting.runnable(len(self.rows))
+        return not self.held and (bool(len(self.rows)) or self.waiting.runnable(len(self.rows)))
 
     def jobs(self) -> list[Job]:
         """All jobs that are not finished, running ones first."""

@@ -173,11 +173,10 @@ def test_pausing_by_abort_ends_what_runs(engine: Engine) -> None:
 
 
 def test_what_only_sglang_can_do_is_refused_with_a_reason(own_engine: Engine) -> None:
-    for path in ("/release_memory_occupation", "/init_weights_update_group", "/weights_checker"):
-        status, answer = own_engine.ask("POST", path, {})
-        assert status == 400
-        assert answer["success"] is False
-        assert "transformers engine" in answer["message"]
+    status, answer = own_engine.ask("POST", "/weights_checker", {})
+    assert status == 400
+    assert answer["success"] is False
+    assert "transformers engine" in answer["message"]
 
 
 def test_control_needs_the_admin_key(own_engine: Engine) -> None:

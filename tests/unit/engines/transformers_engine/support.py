@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from slime.engines.transformers_engine.__main__ import vision_tokens
 from slime.engines.transformers_engine.images import ImageLoader
@@ -92,3 +94,20 @@ def run(stepper: Stepper, jobs: Iterable[Job] = ()) -> int:
         stepper.step()
         steps += 1
     return steps
+
+
+def save_text_model(folder: Path, *, experts: bool = False, tied: bool = False, **settings: Any) -> Path:
+    """Write a random text-only Qwen3."""
+    shape: dict[str, Any] = {
+        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1,
+        "eos_token_id": 7, "tie_word_embeddings": tied,
+    } | settings  # fmt: skip
+    mixture: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    net = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **mixture))
+        if experts
+        else Qwen3ForCausalLM(Qwen3Config(**shape))
+    )
+    net.save_pretrained(folder)
+    return folder

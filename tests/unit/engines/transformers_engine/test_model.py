@@ -9,10 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
@@ -29,6 +25,7 @@ from tests.unit.engines.transformers_engine.support import (
     make_prompt,
     make_stepper,
     run,
+    save_text_model,
 )
 
 
@@ -136,6 +133,8 @@ def test_a_mixture_of_experts_is_served_and_updated(tmp_path):
         model.write_weights(model.read_weights(str(tmp_path / str(index))))
         logits = model.logits(model.prefill([prompt], [[]]).hidden[0])
         torch.testing.assert_close(logits, plain_logits(net, prompt), atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="/update_weights_from_disk"):
+        model.check_part({"lm_head.weight": torch.ones(1)})
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "nothing"])
@@ -151,23 +150,6 @@ def test_weights_of_another_model_are_refused(tmp_path, fault):
     with pytest.raises((ValueError, OSError, RuntimeError)) as caught:
         load_model().read_weights(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
-
-
-def save_text_model(folder: Path, *, experts: bool = False, tied: bool = False, **settings: Any) -> Path:
-    """Write a random text-only Qwen3."""
-    shape: dict[str, Any] = {
-        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1,
-        "eos_token_id": 7, "tie_word_embeddings": tied,
-    } | settings  # fmt: skip
-    mixture: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    net = (
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **mixture))
-        if experts
-        else Qwen3ForCausalLM(Qwen3Config(**shape))
-    )
-    net.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("experts", "tied"), [(False, False), (False, True), (True, False)])
