@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmarks.training.plain import LEARNING_RATE
-from scripts.benchmarks.training.workload import Shape
+from scripts.benchmarks.training.workload import LEARNING_RATE, Machine, Shape
 from slime.arguments import parse_args
 from slime.backends import create_backend
 from slime.trainer import Trainer, build_shards
@@ -21,7 +20,13 @@ class OurTrainer:
     """One rank of a run with the plain way's objective, and all metrics on."""
 
     def __init__(
-        self, model: Path, shape: Shape, samples: Sequence[Sample], pictures: Mapping[str, bytes], port: int
+        self,
+        model: Path,
+        shape: Shape,
+        machine: Machine,
+        samples: Sequence[Sample],
+        pictures: Mapping[str, bytes],
+        port: int,
     ) -> None:
         self._args = parse_args(
             [
@@ -32,7 +37,8 @@ class OurTrainer:
                 *("--rollout-batch-size", str(shape.prompts), "--n-samples-per-prompt", str(shape.samples)),
                 *("--use-dynamic-batch-size", "--max-tokens-per-gpu", str(shape.budget)),
                 *("--calculate-per-token-loss", "--lr", str(LEARNING_RATE)),
-                *("--train-threads", str(torch.get_num_threads())),
+                *("--train-threads", str(torch.get_num_threads()), "--train-dtype", machine.dtype),
+                *(("--gradient-checkpointing",) if machine.gradient_checkpointing else ()),
             ]
         )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
