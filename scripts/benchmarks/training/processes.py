@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,12 +36,12 @@ class Worker:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended, and may have said why
             self._process.stdin.write("\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, and may have said why
         line = self._process.stdout.readline()
+        while line and not line.startswith("{"):  # a library's word
+            line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the {self._name} way ended in the middle of a step; see above.")
         record = json.loads(line)
@@ -57,6 +57,8 @@ def worker(name: str, model: Path, shape: Shape, machine: Machine, threads: int)
     command += ["--shape", json.dumps(asdict(shape)), "--machine", json.dumps(asdict(machine))]
     command += ["--threads", str(threads)]
     env = dict(os.environ) | {"PYTHONPATH": str(PROJECT_ROOT)}
+    # without it a step at the edge of a GPU's memory fails on pieces that no tensor fits into
+    env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
     ) as process:
