@@ -35,11 +35,11 @@ def measured(step: Callable[[], dict[str, float]]) -> dict[str, Any]:
 
 
 def measured_on_gpu(step: Callable[[], dict[str, float]], device: torch.device) -> dict[str, Any]:
-    """Run a step and return its cost like `measured`, of the GPU's memory: `peak_bytes` above the step's start,
-    and `total_bytes` of all tensors at the peak.
+    """Run a step and return its cost like `measured`; memory is the GPU's.
+
+    `peak_bytes` is above the step's start, `total_bytes` that of all tensors at the peak.
     """
     gc.collect()
-    torch.cuda.empty_cache()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     level = torch.cuda.memory_allocated(device)

@@ -40,7 +40,8 @@ class PlainTrainer:
         self._processor = load_processor(model)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(
             model, dtype=torch.float32, attn_implementation="sdpa"
-        ).to(self._device)
+        )
+        self._model.to(self._device)
         self._model.config.get_text_config().attention_dropout = 0.0
         if machine.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,7 +1,7 @@
 """Command line of the GPU checks: each in a process of its own, one table, one exit status.
 
-    bash scripts/check_gpu.sh --out table.md
-    python -m scripts.checks.gpu --device cpu --tiny     the same code without a GPU's kernels
+bash scripts/check_gpu.sh --out table.md
+python -m scripts.checks.gpu --device cpu --tiny     the same code without a GPU's kernels
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 
 
 def run_check(check: Check, options: argparse.Namespace, scratch: Path, seconds: float) -> list[Row]:
-    """Run one check in a process of its own, at most `seconds` long; a crash is a row."""
+    """Run one check in a process of its own, at most `seconds` long; a crash is a row more."""
     rows, log = scratch / f"{check.name}.json", scratch / f"{check.name}.log"
     command = [sys.executable, "-m", "scripts.checks.gpu.worker", check.name]
     command += ["--device", options.device, "--scratch", str(scratch), "--rows", str(rows)]
@@ -58,13 +58,22 @@ def run_check(check: Check, options: argparse.Namespace, scratch: Path, seconds:
             status = None
         finally:
             end_session(process)
-    if status == 0 and rows.is_file():
-        return [Row(**row) for row in json.loads(rows.read_text(encoding="utf-8"))]
+    found = read_rows(rows)
+    if status == 0 and found:
+        return found
     why = f"ended with status {status}" if status is not None else f"took more than {seconds:.0f} s"
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     say("\n".join([f"--- the end of what {check.name} said", *tail, "---"]))
     last = next((line for line in reversed(tail) if line.strip()), "it said nothing")
-    return [failed(check.name, "the whole check", f"{why}: {last[:300]}")]
+    return [*found, failed(check.name, "the rest of the check", f"{why}: {last[:300]}")]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows that a check wrote; one that is being written is none yet."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
@@ -106,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     made.add_argument("--tiny", action="store_true", help="sizes for a CPU; --device cpu needs it")
     made.add_argument("--only", nargs="+", choices=tuple(CHECKS), metavar="CHECK", help=", ".join(CHECKS))
-    made.add_argument("--scratch", type=Path, help="where 14 GB of checkpoints may be for a while (default: TMPDIR)")
+    made.add_argument(
+        "--scratch", type=Path, help="where 14 GB of checkpoints may be for a while (default: TMPDIR)"
+    )
     return made
 
 
@@ -118,11 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error("--device cpu is for trying the checks themselves; add --tiny.")
     if options.scratch is not None and not options.scratch.is_dir():
         made.error(f"--scratch {options.scratch} is no folder.")
+    if options.out is not None and not options.out.parent.is_dir():
+        made.error(f"--out {options.out}: there is no folder {options.out.parent}.")
+    scratch = None if options.scratch is None else options.scratch.resolve()
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `end_session`
-    with tempfile.TemporaryDirectory(
-        prefix="slime-gpu-", dir=options.scratch, ignore_cleanup_errors=True
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix="slime-gpu-", dir=scratch, ignore_cleanup_errors=True) as folder:
         rows = run_checks(options, Path(folder))
     text = f"{heading(options.device, time.monotonic() - begin)} {summary(rows)}\n\n{table(rows)}\n"
     say("\n" + text)

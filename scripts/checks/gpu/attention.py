@@ -33,38 +33,32 @@ REPEATS = 10
 States = tuple[Tensor, Tensor, Tensor]
 
 
-def run(setting: Setting) -> list[Row]:
+def run(setting: Setting) -> Iterator[Row]:
     """Compare outputs and gradients, look that the kernel ran and that samples are apart, and time both."""
     if setting.on_gpu and torch.cuda.get_device_capability(setting.device) < MIN_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(setting.device)
-        return [skipped(CHECK, "all", f"flash attention needs capability 8.0; this GPU has {major}.{minor}")]
+        yield skipped(CHECK, "all", f"flash attention needs capability 8.0; this GPU has {major}.{minor}")
+        return
     lengths = TINY_LENGTHS if setting.tiny else LENGTHS
     exact = _with_gradients(_one_at_a_time(lengths), _draw(lengths, setting.device, torch.float32))
     plain = _with_gradients(_one_at_a_time(lengths), _draw(lengths, setting.device, torch.bfloat16))
     with counted_flash_calls() as calls:
         packed = _with_gradients(_packed(lengths), _draw(lengths, setting.device, torch.bfloat16))
-    rows = [
-        within(
-            CHECK,
-            f"{name}, bfloat16, {len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens, {HEADS} heads "
-            f"on {KV_HEADS}: gap to SDPA in float32, as a share (SDPA in bfloat16: {_gap(other, reference):.2g})",
-            _gap(found, reference),
-            LIMIT,
+    names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+    for name, found, other, reference in zip(names, packed, plain, exact, strict=True):
+        what = (
+            f"{name}, bfloat16, {len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens, {HEADS} "
+            f"heads on {KV_HEADS}: gap to SDPA in float32, as a share of the norm "
+            f"(SDPA in bfloat16: {_gap(other, reference):.2g})"
         )
-        for name, found, other, reference in zip(
-            ("output", "gradient of queries", "gradient of keys", "gradient of values"),
-            packed,
-            plain,
-            exact,
-            strict=True,
-        )
-    ]
-    rows.append(_leak(setting, lengths))
-    if not setting.on_gpu:
+        yield within(CHECK, what, _gap(found, reference), LIMIT)
+    yield _leak(setting, lengths)
+    if setting.on_gpu:
+        yield within(CHECK, "calls that did not reach torch's flash attention", 1 - len(calls), 0)
+        yield _speed(setting, lengths)
+    else:
         what = "torch's flash attention ran"
-        return [*rows, skipped(CHECK, what, "its kernel is a GPU's; here SDPA ran in its place")]
-    rows.append(within(CHECK, "calls that did not reach torch's flash attention", 1 - len(calls), 0))
-    return [*rows, _speed(setting, lengths)]
+        yield skipped(CHECK, what, "its kernel is a GPU's; here SDPA ran in its place")
 
 
 @contextmanager

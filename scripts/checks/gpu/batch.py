@@ -6,7 +6,6 @@ the set's solutions, with a wrong digit here and there; the shipped teacher scor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from slime.utils.types import Sample, SampleStatus
 
 PROMPTS, SAMPLES_PER_PROMPT = 6, 2
 LINEAR_STEP = ("--lr", "1", "--adam-eps", "1", "--adam-beta1", "0", "--adam-beta2", "0")
-"""AdamW moves a weight by g / (|g| + 1): a gap in the step is the gradient's gap. The usual one divides by |g|,
-and would blow up gaps where the gradient is next to nothing."""
+"""AdamW moves a weight by g / (|g| + 1): a gap in the step is the gradient's gap. The usual one divides by
+|g|, and would blow up gaps where the gradient is next to nothing."""
 WRONG = str.maketrans("128", "739")
 """Makes a solution wrong."""
 
@@ -91,7 +90,9 @@ def scored_batch(scratch: Path) -> ScoredBatch:
 def prompts_of(args: Args) -> ScoredBatch:
     """Return the samples of one rollout without responses, and their pictures."""
     store = PictureStore()
-    groups = PromptSource(args, load_processor(args.hf_checkpoint), store).next_groups(args.rollout_batch_size)
+    groups = PromptSource(args, load_processor(args.hf_checkpoint), store).next_groups(
+        args.rollout_batch_size
+    )
     samples = [sample for group in groups for sample in group]
     hashes = {name for sample in samples for name in (sample.multimodal_train_inputs or {})["image_hashes"]}
     return ScoredBatch(samples, store.png(hashes))

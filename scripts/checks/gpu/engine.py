@@ -1,4 +1,4 @@
-"""The transformers engine beside the trainer on one device: what it samples, and taking turns with the memory.
+"""The transformers engine beside the trainer on one device: what it samples, and turns at the memory.
 
 The turn is that of `--colocate`: pause, release, train, resume, update, flush, continue.
 """
@@ -10,8 +10,6 @@ import http.client
 import json
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +22,12 @@ import torch
 from scripts.benchmarks.training.published import checkpoint_bytes
 from scripts.checks.gpu.batch import ScoredBatch, job_args, log_probs_of, masked_ids, prompts_of
 from scripts.checks.gpu.result import Row, at_least, failed, skipped, within
+from scripts.checks.gpu.room import GIB, lacking, random_checkpoint
 from scripts.checks.gpu.setting import Setting, backend_on, gpu_id
 from slime.arguments import Args
-from slime.backends.fsdp.backend import FsdpBackend
 from slime.engines.client import EngineClient
 from slime.engines.model_facts import model_facts
-from slime.engines.process import PROJECT_ROOT, ServerProcess, free_port, transformers_command
+from slime.engines.process import ServerProcess, free_port, transformers_command
 from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE
 from slime.rollout.generate import Sampler, generate_all
 from slime.rollout.rollout import rollout_params
@@ -44,7 +42,6 @@ MOVED = ("kv_cache", "weights")
 READY_SECONDS = 150.0
 FREED_SHARE = 0.8
 """Of the weights' bytes: what a release must give back at least."""
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ class Case:
     """What the engine must give back; 0: too little to see among what else moves."""
 
 
-def run(setting: Setting) -> list[Row]:
+def run(setting: Setting) -> Iterator[Row]:
     """Let the tiny student in float32, and random weights in bfloat16, go through a colocated turn."""
     student = Case(
         name="tiny student, float32",
@@ -73,31 +70,22 @@ def run(setting: Setting) -> list[Row]:
         largest=1e-3,
         lr=1e-3,
     )
-    rows = _turn(setting, student)
+    yield from _turn(setting, student)
     size = "tiny" if setting.tiny else "2B"
+    refusal = lacking(setting, size, copies=2, served=True)
+    if refusal:
+        yield skipped(CHECK, f"random {size}, bfloat16", refusal)
+        return
     random = Case(
         name=f"random {size}, bfloat16",
         checkpoint=random_checkpoint(setting, size),
         dtype="bfloat16",
         mean=0.03,
-        largest=0.3,
+        largest=0.2,
         lr=1e-3 if setting.tiny else 1e-4,
         weight_bytes=checkpoint_bytes(size),
     )
-    return [*rows, *_turn(setting, random)]
-
-
-def random_checkpoint(setting: Setting, size: str) -> Path:
-    """Return a random checkpoint of a published shape below the scratch folder; make it where it is not there.
-
-    A process of its own draws the weights: it takes its share of the GPU's memory with it.
-    """
-    folder = setting.scratch / f"random-{size}"
-    if not (folder / "config.json").is_file():
-        command = [sys.executable, "-m", "scripts.benchmarks.training.published", size]
-        command += ["--device", str(setting.device), "--out", str(folder)]
-        subprocess.run(command, check=True, env=dict(os.environ) | {"PYTHONPATH": str(PROJECT_ROOT)})
-    return folder
+    yield from _turn(setting, random)
 
 
 @contextmanager
@@ -124,7 +112,7 @@ def serving(setting: Setting, case: Case) -> Iterator[ServerProcess]:
         yield server
 
 
-def _turn(setting: Setting, case: Case) -> list[Row]:
+def _turn(setting: Setting, case: Case) -> Iterator[Row]:
     """Sample, compare; release, train, resume; update, sample, compare."""
     data = ensure_dataset(setting.scratch / "data")["test"]
     args = job_args(case.checkpoint, data, "--train-dtype", case.dtype, "--lr", f"{case.lr:g}")
@@ -134,25 +122,26 @@ def _turn(setting: Setting, case: Case) -> list[Row]:
         backend_on(setting.device, args, masked) as backend,
     ):
         first = _sample(server, args, masked, seed="before")
-        rows = _agreement(case, "engine against trainer", first, log_probs_of(backend, case.checkpoint, first))
         before = log_probs_of(backend, case.checkpoint, first)
+        yield from _agreement(case, "engine against trainer", first, before)
         release, released = _release(setting, case, server)
+        yield from release
         Trainer(args, backend, load_processor(case.checkpoint), masked).train(0, _shard(args, first))
         folder = setting.scratch / f"update-{case.dtype}"
         write_weights(backend.hf_named_parameters(), folder, checkpoint=case.checkpoint, writes=True)
         after = log_probs_of(backend, case.checkpoint, first)
         change = torch.cat(after).sub(torch.cat(before)).abs().mean().item()
         what = f"{case.name}: the step moved log-probs, mean in nats"
-        rows += [*release, at_least(CHECK, what, change, 2 * case.mean)]
+        yield at_least(CHECK, what, change, 2 * case.mean)
         if released:
-            rows += _resume(setting, case, server)
+            yield from _resume(setting, case, server)
         asyncio.run(_update(server, folder))
         second = _sample(server, args, masked, seed="after")
         versions = {version for sample in second.samples for version in sample.weight_versions}
         if versions != {"1"}:
-            rows.append(failed(CHECK, f"{case.name}: version after the update", f"{sorted(versions)}, not 1"))
+            yield failed(CHECK, f"{case.name}: version after the update", f"{sorted(versions)}, not 1")
         again = log_probs_of(backend, case.checkpoint, second)
-        return [*rows, *_agreement(case, "again after the update", second, again)]
+        yield from _agreement(case, "again after the update", second, again)
 
 
 def _sample(server: ServerProcess, args: Args, masked: tuple[int, ...], *, seed: str) -> ScoredBatch:

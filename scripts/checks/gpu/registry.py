@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -18,7 +18,7 @@ class Check:
     module: str
     seconds: float
 
-    def function(self) -> Callable[[Setting], list[Row]]:
+    def function(self) -> Callable[[Setting], Iterable[Row]]:
         """Import the module; return its `run`."""
         return import_module(f"scripts.checks.gpu.{self.module}").run
 

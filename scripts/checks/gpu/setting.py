@@ -27,8 +27,6 @@ class Setting:
     """Sizes for a CPU: all but the kernels of a GPU is run through."""
     scratch: Path
     """A folder of this run, where checkpoints may be left for the next check."""
-    seconds: float = 600.0
-    """How long the check may take; one that starts other processes passes it on."""
 
     @property
     def on_gpu(self) -> bool:

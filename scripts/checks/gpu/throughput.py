@@ -1,24 +1,22 @@
 """A training step at published shapes, ours beside the plain way: tokens per second and peak memory.
 
-Both are the ways of `scripts/benchmarks/trainer.py`, one after the other, each in a process of its own: bfloat16
-with float32 weights and optimizer, gradient checkpointing on.
+Both are the ways of `scripts/benchmarks/trainer.py`, one after the other, each in a process of its own:
+bfloat16 with float32 weights and optimizer, gradient checkpointing on.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from scripts.benchmarks.training.processes import NoRoomError, worker
-from scripts.benchmarks.training.published import SHAPES, checkpoint_bytes
+from scripts.benchmarks.training.published import SHAPES
 from scripts.benchmarks.training.report import Record
 from scripts.benchmarks.training.workload import Machine, Shape
-from scripts.checks.gpu.engine import random_checkpoint
 from scripts.checks.gpu.result import Row, failed, measured, relative_gap, skipped, within
+from scripts.checks.gpu.room import GIB, lacking, random_checkpoint
 from scripts.checks.gpu.setting import Setting
 
 CHECK = "training step"
@@ -26,21 +24,14 @@ SIZES = ("2B", "4B")
 LABELS = {"ours": "ours", "plain": "plain (padded rows, all logits)"}
 ROUNDS = 2
 """Counted steps of each way, after one that warms up and makes the optimizer's state."""
-BYTES_A_WEIGHT = 16
-"""Weight, gradient and both moments, float32."""
-WORKING_BYTES = 5 * 2**30
-"""What a step needs besides, at least: gathered layers, activations, a chunk of logits."""
 SAME_STEP = 0.05
 """How far the two ways' first steps may be apart: bfloat16 rounds at other places."""
-GIB = 2**30
 
 
-def run(setting: Setting) -> list[Row]:
+def run(setting: Setting) -> Iterator[Row]:
     """Measure each size."""
-    rows: list[Row] = []
     for size in ("tiny",) if setting.tiny else SIZES:
-        rows += _measure(setting, size)
-    return rows
+        yield from _measure(setting, size)
 
 
 def step_shape(size: str) -> Shape:
@@ -51,46 +42,25 @@ def step_shape(size: str) -> Shape:
     return Shape(vocabulary=vocabulary, prompts=8, samples=4, longest=2048, side=448, micro_batches=8)
 
 
-def _measure(setting: Setting, size: str) -> list[Row]:
-    refusal = _lacking(setting, size)
+def _measure(setting: Setting, size: str) -> Iterator[Row]:
+    refusal = lacking(setting, size)
     if refusal:
-        return [skipped(CHECK, size, refusal)]
+        yield skipped(CHECK, size, refusal)
+        return
     model = random_checkpoint(setting, size)
-    rows: list[Row] = []
     steps: dict[str, list[Record]] = {}
     for way, label in LABELS.items():
         try:
             steps[way] = _steps(way, model, step_shape(size), setting)
-            rows += _figures(setting, size, label, steps[way])
-        except NoRoomError as error:  # of the plain way this is a finding
-            say = failed if way == "ours" else does_not_fit
-            rows.append(say(CHECK, f"{size}: {label}", f"out of memory: {error}"))
+            yield from _figures(setting, size, label, steps[way])
+        except NoRoomError as error:
+            say = failed if way == "ours" else measured  # of the plain way it is a finding
+            yield say(CHECK, f"{size}: {label}", f"out of memory: {error}")
         except RuntimeError as error:
-            rows.append(failed(CHECK, f"{size}: {label}", str(error)))
+            yield failed(CHECK, f"{size}: {label}", str(error))
     shutil.rmtree(model)
-    return [*rows, *_compared(size, steps["ours"], steps["plain"])] if len(steps) == len(LABELS) else rows
-
-
-def does_not_fit(check: str, what: str, why: str) -> Row:
-    return measured(check, what, why)
-
-
-def _lacking(setting: Setting, size: str) -> str:
-    """Return why this size cannot be measured here; nothing where it can."""
-    on_disk = checkpoint_bytes(size)
-    free_disk = shutil.disk_usage(setting.scratch).free
-    if free_disk < 1.2 * on_disk:
-        return f"{on_disk / GIB:.1f} GiB for a checkpoint, and {setting.scratch} has {free_disk / GIB:.1f} free"
-    if not setting.on_gpu:
-        return ""
-    needed = BYTES_A_WEIGHT * on_disk // 2 + WORKING_BYTES
-    free, total = torch.cuda.mem_get_info(setting.device)
-    if free < needed:
-        return (
-            f"too little memory: about {needed / GIB:.0f} GiB are needed, {free / GIB:.0f} of "
-            f"{total / GIB:.0f} are free"
-        )
-    return ""
+    if len(steps) == len(LABELS):
+        yield from _compared(size, steps["ours"], steps["plain"])
 
 
 def _steps(way: str, model: Path, shape: Shape, setting: Setting) -> list[Record]:
@@ -127,5 +97,5 @@ def _compared(size: str, ours: Sequence[Record], plain: Sequence[Record]) -> lis
     ]
     faster = median(r["wall"] for r in plain[1:]) / median(r["wall"] for r in ours[1:])
     smaller = max(r["peak_bytes"] for r in plain[1:]) / max(r["peak_bytes"] for r in ours[1:])
-    shown = f"{faster:.1f} × as fast, 1/{smaller:.1f} of the peak above the start"
+    shown = f"{faster:.1f} times as fast, 1/{smaller:.1f} of the peak above the start"
     return [*rows, measured(CHECK, f"{size}: ours against plain", shown)]

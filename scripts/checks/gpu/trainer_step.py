@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,11 @@ class Step:
     """Of each weight, float32, on the CPU."""
 
 
-def run(setting: Setting) -> list[Row]:
+def run(setting: Setting) -> Iterator[Row]:
     """Take the same step on the CPU in float32, and on the device in float32 and bfloat16."""
     batch = scored_batch(setting.scratch)
     data = ensure_dataset(setting.scratch / "data")["test"]
     expected = _step(CPU, "float32", batch, data)
-    rows = []
     for dtype, limits in (("float32", EXACT), ("bfloat16", LOOSE)):
         found = _step(setting.device, dtype, batch, data)
         gaps = {
@@ -48,8 +48,7 @@ def run(setting: Setting) -> list[Row]:
         for name, gap in gaps.items():
             what = "change of all weights" if name == "weights" else name
             against = f"{dtype} on the {setting.name} against float32 on the CPU, relative gap"
-            rows.append(within(CHECK, f"{what}: {against}", gap, limits[name]))
-    return rows
+            yield within(CHECK, f"{what}: {against}", gap, limits[name])
 
 
 def _step(device: torch.device, dtype: str, batch: ScoredBatch, data: Path) -> Step:

@@ -1,4 +1,5 @@
-"""One check in a process of its own: writes its rows to a file. Started by the command line."""
+"""One check in a process of its own: each row is in the file as soon as it is known. Started by the command
+line."""
 
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     setting = Setting(device=device, tiny=options.tiny, scratch=options.scratch)
-    rows = CHECKS[options.check].function()(setting)
-    options.rows.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    with options.rows.open("w", encoding="utf-8") as file:
+        for row in CHECKS[options.check].function()(setting):
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
     return 0
 
 
