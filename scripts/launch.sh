@@ -20,6 +20,7 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/lib.sh"
 : "${SLIME_SCRIPT_NUM_GPUS:=$(visible_gpu_ids | tr ',' '\n' | grep -c . || true)}"
 : "${SLIME_SCRIPT_NUM_GPUS_PER_ENGINE:=1}"       # tensor parallelism of each of the student's engines
 : "${SLIME_SCRIPT_ENGINE:=}"                     # sglang or transformers; empty: as the placement says
+: "${SLIME_SCRIPT_COLOCATE:=}"                  # 1: training and generation take turns on the student's GPUs; empty: as the placement says
 : "${SLIME_SCRIPT_TRAIN_BACKEND:=fsdp}"
 : "${SLIME_SCRIPT_EXTERNAL_RAY:=0}"              # 1: use the Ray cluster that is there
 : "${SLIME_SCRIPT_MODEL_DIR:=$HOME/models}"
@@ -127,6 +128,7 @@ check_variables() {
     "" | sglang | transformers) ;;
     *) die "SLIME_SCRIPT_ENGINE is $SLIME_SCRIPT_ENGINE; it must be sglang or transformers." ;;
   esac
+  if [ -n "$SLIME_SCRIPT_COLOCATE" ]; then require_switches SLIME_SCRIPT_COLOCATE; fi
   require_switches SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_SKIP_SETUP SLIME_SCRIPT_EXTERNAL_RAY
   if with_teacher; then check_teacher_variables; fi
 }
@@ -144,6 +146,7 @@ place() {
   local options=(--num-gpus "$SLIME_SCRIPT_NUM_GPUS" --gpu-ids "$(visible_gpu_ids)"
     --rollout-num-gpus-per-engine "$SLIME_SCRIPT_NUM_GPUS_PER_ENGINE" --shell)
   if [ -n "$SLIME_SCRIPT_ENGINE" ]; then options+=(--engine "$SLIME_SCRIPT_ENGINE"); fi
+  if [ -n "$SLIME_SCRIPT_COLOCATE" ]; then options+=(--colocate "$SLIME_SCRIPT_COLOCATE"); fi
   if with_teacher; then
     teacher_placement
     options+=("${TEACHER_PLACEMENT[@]}")
@@ -247,6 +250,8 @@ build_train_command() {
     cluster+=(--actor-num-nodes 1 --actor-num-gpus-per-node "$NUM_ACTOR_GPUS" --rollout-num-gpus "$NUM_ROLLOUT_GPUS"
       --rollout-num-gpus-per-engine "$GPUS_PER_ENGINE")
   fi
+  cluster+=(--weight-sync "$WEIGHT_SYNC")
+  if [ "$COLOCATED" = 1 ]; then cluster+=(--colocate); fi
   if [ "$SLIME_SCRIPT_EXTERNAL_RAY" = 1 ]; then cluster+=(--ray-address auto); fi
   if [ -n "${WANDB_API_KEY:-}" ]; then wandb=(--use-wandb --wandb-project slime --wandb-group "${RUN_NAME//_/-}"); fi
   build_train_args
@@ -329,6 +334,7 @@ resolve() {
   DOWNLOADS=()
   place
   SLIME_SCRIPT_ENGINE="$ENGINE"
+  SLIME_SCRIPT_COLOCATE="$COLOCATED"
   resolve_folders
   resolve_model SLIME_SCRIPT_STUDENT_MODEL
   STUDENT_PATH="$MODEL"

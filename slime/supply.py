@@ -15,8 +15,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from slime.metrics.trace import Span, Trace
-from slime.ray.groups import RolloutGroup, TrainGroup
+from slime.ray.cluster import EnginesLost
 from slime.ray.rollout_actor import RolloutResult
+from slime.ray.rollout_group import RolloutGroup
+from slime.ray.train_group import TrainGroup
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -63,10 +65,9 @@ class Supply:
         """Return once nothing is being generated; call it when the training ends."""
         trained, idle = time.time(), self._taken
         if self._ordered is not None:
-            ahead: RolloutResult = self._rollouts.result(self._ordered)
-            self._ahead, self._ordered = ahead, None
+            self._ahead, self._ordered = self._ordered_rollout(self._ordered), None
             self._waited("rollout", trained, time.time())
-            idle = max(ahead.ended, self._taken)
+            idle = max(trained if self._ahead is None else self._ahead.ended, self._taken)
         self._waited("train", min(idle, trained), trained)
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,6 +86,14 @@ class Supply:
         self._position = self._rollouts.state_dict()
         self._ahead_step = self._trainers.step
         self._ordered = self._rollouts.generate_later(rollout_id)
+
+    def _ordered_rollout(self, ref: Any) -> RolloutResult | None:
+        """Return the rollout ahead; None where its engines were lost: it is made when it is taken, then."""
+        try:
+            return self._rollouts.result(ref)
+        except EnginesLost:
+            self._position = None
+            return None
 
     def _waited(self, what: str, start: float, end: float) -> None:
         """Note that one side of the loop stood still for the other."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,15 @@ from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, loc
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
-from slime.ray.groups import ReplayGroup, RolloutGroup, TrainGroup
+from slime.ray.engine_group import EngineGroup, ExternalEngines
 from slime.ray.interrupts import exit_status, ignore, listen
+from slime.ray.rollout_group import ReplayGroup, RolloutGroup
+from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
 from slime.supply import Supply
-from slime.weight_sync.store import WeightStore
+from slime.weight_sync.probe import WeightMismatchError
+from slime.weight_sync.store import create_weight_folder
 
 
 def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainGroup) -> RunState:
@@ -37,6 +41,7 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
         trainers.load(checkpoint)
         rollouts.load_state_dict(state.data)
     trainers.publish_weights(rollouts)
+    rollouts.when_engines_are_lost(lambda: trainers.publish_weights(rollouts))
     if teacher is not None:
         state.teacher = tracker.log_eval(state.rollout_id, trainers.step, rollouts.result(teacher), "teacher")
 
@@ -47,10 +52,10 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
         rollout = supply.take(rollout_id)
         metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
         supply.settle()
-        metrics |= trainers.publish_weights(rollouts)
         state.advance(tokens=int(metrics["response_tokens"]))
         if save_is_due(args, state.rollout_id):
             metrics |= save(args, supply, trainers, state)
+        metrics |= trainers.publish_weights(rollouts)
         tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
 
     if args.eval_sets:
@@ -103,11 +108,28 @@ def run(args: Args) -> None:
     with Tracker(args) as tracker, Cluster(args) as cluster:
         tracker.say(cluster.resources.describe())
         tracker.trace.source = cluster.take_spans
-        with WeightStore.create(output_dir, checkpoint, one_machine=cluster.one_machine) as store:
-            rollouts = (ReplayGroup if args.replays else RolloutGroup)(cluster, args)
-            trainers = TrainGroup(cluster, args, store)
+        with ExitStack() as stack:
+            folder = None
+            if args.weight_sync == "disk":
+                folder = stack.enter_context(
+                    create_weight_folder(output_dir, checkpoint, one_machine=cluster.one_machine)
+                ).path
+            rollouts, trainers = start(args, cluster, folder)
             state = train(args, tracker, rollouts, trainers)
         close_run(args, tracker, state, time.monotonic() - started)
+
+
+def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[RolloutGroup, TrainGroup]:
+    """Start both sides of the loop. On shared GPUs the trainers come first, and put their memory away."""
+    if args.replays:
+        return ReplayGroup(cluster, args), TrainGroup(cluster, args, weight_folder)
+    if args.colocate:
+        trainers = TrainGroup(cluster, args, weight_folder)
+        engines = EngineGroup(cluster, args, trainers.make_room())
+        trainers.take_turns(engines)
+        return RolloutGroup(cluster, args, engines), trainers
+    engines = ExternalEngines(args) if args.rollout_engine_urls else EngineGroup(cluster, args)
+    return RolloutGroup(cluster, args, engines), TrainGroup(cluster, args, weight_folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
-    except (ActorError, RecordingError) as error:
+    except (ActorError, RecordingError, WeightMismatchError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

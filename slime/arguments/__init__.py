@@ -27,12 +27,14 @@ from slime.arguments.recording import RecordingArgs
 from slime.arguments.reward import RewardArgs
 from slime.arguments.rollout import RolloutArgs
 from slime.arguments.run import CheckpointArgs, OutputArgs
+from slime.arguments.weight_sync import WeightSyncArgs
 
 GROUPS = (
     CheckpointArgs,
     DataArgs,
     RolloutArgs,
     EngineArgs,
+    WeightSyncArgs,
     RewardArgs,
     DistillationArgs,
     LossArgs,
@@ -54,6 +56,7 @@ class Args(
     RolloutArgs,
     EngineArgs,
     SglangArgs,
+    WeightSyncArgs,
     RewardArgs,
     DistillationArgs,
     LossArgs,

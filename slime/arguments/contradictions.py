@@ -16,6 +16,8 @@ def contradictions(args: Args) -> Iterator[str]:
     yield from _sampling(args)
     yield from _batches(args)
     yield from _engines(args)
+    yield from _weight_sync(args)
+    yield from _colocation(args)
     yield from _replay(args)
 
 
@@ -161,6 +163,47 @@ def _engines(args: Args) -> Iterator[str]:
         names = " ".join("--sglang-" + name.replace("_", "-") for name in args.sglang)
         yield (
             f"{names} is for SGLang engines, and --engine is {args.engine}. Drop it, or use --engine sglang."
+        )
+
+
+def _weight_sync(args: Args) -> Iterator[str]:
+    if args.weight_sync == "tensor" and args.rollout_engine_urls:
+        yield (
+            "--weight-sync tensor hands memory of this machine to engines of this run, and "
+            "--rollout-engine-urls names others. Use --weight-sync distributed, or disk where all see "
+            "--output-dir."
+        )
+    if args.weight_sync == "distributed" and args.colocate:
+        yield (
+            "--weight-sync distributed lets trainer and engines meet in a group in which each has GPUs of "
+            "its own, and --colocate shares them. Use --weight-sync tensor."
+        )
+
+
+def _colocation(args: Args) -> Iterator[str]:
+    if not args.colocate:
+        return
+    if args.async_rollout:
+        yield (
+            "--async-rollout generates while it trains, and --colocate lets them take turns on the same "
+            "GPUs. Drop either."
+        )
+    if args.rollout_engine_urls:
+        yield (
+            "--colocate shares this run's GPUs with its engines, and --rollout-engine-urls names engines "
+            "elsewhere. Drop either."
+        )
+    if args.replays:
+        yield "--load-debug-rollout-data starts no engines that could share GPUs. Drop --colocate."
+    if args.rollout_num_gpus is not None and args.rollout_num_gpus != args.num_train_ranks:
+        yield (
+            f"--colocate generates on the {args.num_train_ranks} GPUs that train, and --rollout-num-gpus is "
+            f"{args.rollout_num_gpus}. Drop it."
+        )
+    if args.actor_num_gpus_per_node % args.rollout_num_gpus_per_engine:
+        yield (
+            f"--rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine} does not divide the "
+            f"{args.actor_num_gpus_per_node} GPUs of a node that --colocate shares. Change either."
         )
 
 

@@ -34,6 +34,19 @@ class EngineArgs:
     )
     engine_threads: int = flag(1, help="CPU threads of one engine, where it runs on a CPU.", at_least=1)
     engine_start_timeout: float = flag(600.0, help="Seconds an engine may take until it answers.", above=0)
+    engine_restarts: int = flag(
+        3,
+        help="How often each engine of this run is started anew when it dies or hangs; 0: it ends the run.",
+        at_least=0,
+    )
+    rollout_health_check_interval: float = flag(
+        30.0, help="Seconds between two health checks of an engine that generates.", above=0
+    )
+    rollout_health_check_timeout: float = flag(
+        30.0,
+        help="Seconds that a health check may take. An engine that fails three in a row is started anew.",
+        above=0,
+    )
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""

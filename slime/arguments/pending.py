@@ -33,13 +33,6 @@ PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
         f"{MEGATRON_BACKEND}. Drop them; FSDP shards over all training ranks.",
     ),
     (
-        "--colocate",
-        lambda args: args.colocate,
-        "training and generation taking turns on the same GPUs (release and resume of the engines' memory) "
-        "has not landed. Drop it, and give each its own GPUs by --actor-num-gpus-per-node and "
-        "--rollout-num-gpus.",
-    ),
-    (
         "--rollout-top-p below 1",
         lambda args: args.rollout_top_p != 1.0,
         "the correction for sampling from a cut distribution has not landed. Use --rollout-top-p 1.",

@@ -110,6 +110,18 @@ class TrainBackend(Protocol):
         """
         ...
 
+    def offload_optimizer(self) -> None:
+        """Put the optimizer's state into the host's memory, where the GPU is needed for something else."""
+        ...
+
+    def offload(self) -> None:
+        """Put model and optimizer into the host's memory. No other verb may follow but `onload`."""
+        ...
+
+    def onload(self) -> None:
+        """Bring all that was put away back."""
+        ...
+
     def save_checkpoint(self, path: Path) -> None:
         """Write model, optimizer and schedule below `path`."""
         ...

@@ -1,7 +1,7 @@
 """The asynchronous client of one kind of server (the student's engines, or the teacher's).
 
-Bounded concurrency, a deadline for every attempt, retries that end in a clear error, several replicas. It
-moves JSON and knows verbs; what a `/generate` request or answer means is `api.py`'s business.
+Bounded concurrency, a deadline for every attempt, retries that end in a clear error, several replicas. What
+a `/generate` request or answer means is `api.py`'s business, what else a server does is `control.py`'s.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ import os
 import uuid
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from slime.engines.errors import (
     EngineError,
+    EnginesLostError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    StaleWeightsError,
     WrongAnswerError,
 )
 from slime.engines.replicas import Endpoint, Replica, Replicas
 from slime.engines.retry import Retry
+from slime.engines.sglang_serve import API_KEY_VARIABLE
 from slime.engines.transport import Transport
 
-API_KEY_VARIABLE = "SLIME_ENGINE_API_KEY"
-ADMIN_KEY_VARIABLE = "SLIME_ENGINE_ADMIN_KEY"
-
-PauseMode = Literal["abort", "retract", "in_place"]
 T = TypeVar("T")
 Reader = Callable[[Any], T]
 """Makes of a parsed answer what is kept of it."""
@@ -58,7 +57,6 @@ class EngineClient:
         timeout: float = 600.0,
         patience: float = 20.0,
         api_key: str | None = None,
-        admin_key: str | None = None,
     ) -> None:
         """Prepare the pool; nothing is sent yet.
 
@@ -69,8 +67,7 @@ class EngineClient:
             concurrency: requests in flight per server.
             timeout: seconds that one attempt may take; waiting for a free place is not counted.
             patience: seconds, from a request's first failure on, in which it is tried again.
-            api_key: for `/generate`; None reads SLIME_ENGINE_API_KEY.
-            admin_key: for control verbs; None reads SLIME_ENGINE_ADMIN_KEY, then falls back to the API key.
+            api_key: None reads SLIME_ENGINE_API_KEY.
         """
         if not urls:
             raise ValueError(f"no address of a {role} was given; at least one is needed.")
@@ -80,10 +77,10 @@ class EngineClient:
         self._timeout = timeout
         self._patience = patience
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE)
-        self._admin_key = admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or self._api_key
         self._replicas = Replicas(self.endpoints, concurrency)
         self._transport = Transport(role, remedy)
         self._probes: set[asyncio.Task[None]] = set()
+        self._version: str | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -93,12 +90,13 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close the pool. The client may be used again: it opens a new one."""
-        for probe in self._probes:
-            probe.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
-        for replica in self._replicas.all:
-            replica.up = True
+        await self._take_all_in()
         await self._transport.close()
+
+    async def expect(self, version: str) -> None:
+        """Take no answer from now on but of the weights `version`, which all servers have just been given."""
+        self._version = version
+        await self._take_all_in()
 
     # ---- data ----
 
@@ -120,6 +118,8 @@ class EngineClient:
             EngineUnreachableError: no connection, retries included.
             EngineTimeoutError: no answer before the deadline, retries included.
             HttpError: an error status, retries included where another try could help.
+            EnginesLostError: the first or second of these, or other weights than were expected, after
+                `expect`.
             AnswerError: the answer is no JSON, or belongs to another request; and whatever `reader` raises.
         """
         retry = Retry(self._patience, repeatable=True)
@@ -127,11 +127,17 @@ class EngineClient:
             replica = self._replicas.home(group).replica
             try:
                 return await self._attempt(replica, payload, reader)
-            except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
-                if not isinstance(error, HttpError) or error.status in GONE_STATUSES:
+            except (EngineUnreachableError, EngineTimeoutError, HttpError, StaleWeightsError) as error:
+                gone = not isinstance(error, HttpError) or error.status in GONE_STATUSES
+                if gone:
                     self._leave_out(replica)
                 elsewhere = self._replicas.elsewhere(replica)
-                await self._pause(retry, error, replica.endpoint.generate_url, elsewhere=elsewhere)
+                try:
+                    await retry.wait(error, replica.endpoint.generate_url, self._remedy, elsewhere=elsewhere)
+                except EngineError as last:
+                    if gone and self._version is not None:
+                        raise EnginesLostError(str(last)) from last
+                    raise
 
     async def score(
         self, payload: dict[str, Any], *, group: Hashable | None = None, reader: Reader[T] = as_it_is
@@ -171,21 +177,37 @@ class EngineClient:
 
         def read(answer: Any) -> T:
             self._check_id(url, answer, request_id)
+            self._check_version(url, answer)
             return reader(answer)
 
         return await self._transport.read(url, raw, read)
 
     def _check_id(self, url: str, answer: Any, request_id: str) -> None:
         """Refuse another request's answer. A gateway may drop our id; then the tokens' receipt has to do."""
-        meta = answer.get("meta_info") if isinstance(answer, dict) else None
-        answered = meta.get("id") if isinstance(meta, dict) else None
+        answered = _meta(answer).get("id")
         if isinstance(answered, str) and answered.startswith(REQUEST_ID) and answered != request_id:
             raise WrongAnswerError(
                 f"the {self.role} at {url} answered request {answered} in the place of {request_id}; "
                 f"something between mixes up answers. {self._remedy}"
             )
 
+    def _check_version(self, url: str, answer: Any) -> None:
+        version = _meta(answer).get("weight_version")
+        if self._version is not None and version not in (None, self._version):
+            raise StaleWeightsError(
+                f"the {self.role} at {url} answered with weights {version!r}, and {self._version!r} are the "
+                f"current ones: it was started anew. {self._remedy}"
+            )
+
     # ---- replicas that fail ----
+
+    async def _take_all_in(self) -> None:
+        """Stop probing and count on every server again."""
+        for probe in self._probes:
+            probe.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
+        for replica in self._replicas.all:
+            replica.up = True
 
     def _leave_out(self, replica: Replica) -> None:
         """Send nothing more to a server that failed until it says that it is ready; a lone one is all there
@@ -198,105 +220,30 @@ class EngineClient:
         probe.add_done_callback(self._probes.discard)
 
     async def _probe(self, replica: Replica) -> None:
-        """Ask `GET /ready`, which costs a server nothing, until it is answered."""
-        url = replica.endpoint.base_url + "/ready"
+        """Ask until the server is ready and, after `expect`, has the weights that were expected."""
         while not replica.up:
             await asyncio.sleep(PROBE_SECONDS)
-            try:
-                await self._transport.send("GET", url, None, self._api_key, PROBE_TIMEOUT)
-            except HttpError as error:
-                # an older server does not know the path, and is there
-                replica.up = error.status in (404, 405)
-            except EngineError:
-                continue
-            else:
-                replica.up = True
+            replica.up = await self._serves(replica.endpoint)
 
-    async def _pause(self, retry: Retry, error: EngineError, url: str, *, elsewhere: bool = False) -> None:
-        """Wait until another try is due; where none is, raise the error, with what was tried."""
-        pause = retry.pause(error, elsewhere=elsewhere)
-        if pause is not None:
-            await asyncio.sleep(pause)
-            return
-        if retry.tries == 1:
-            raise error
-        tried = f"{retry.tries} tries in {retry.seconds:.0f} s"
-        if isinstance(error, HttpError):
-            raise HttpError(url, error.status, error.body, f"{tried}. {self._remedy}") from error
-        raise type(error)(f"{error} ({tried})") from error
-
-    # ---- control, on every server ----
-
-    async def pause(self, mode: PauseMode = "retract") -> None:
-        """Stop generating. With "retract" running requests wait and recompute their KV cache later."""
-        await self._control("POST", "/pause_generation", {"mode": mode})
-
-    async def continue_(self) -> None:
-        """Generate again."""
-        await self._control("POST", "/continue_generation", {})
-
-    async def flush_cache(self, *, patience: float = 30.0) -> None:
-        """Forget all KV caches. A server with pending requests refuses: ask again for `patience` seconds."""
-        await asyncio.gather(*(self._flush(endpoint, patience) for endpoint in self.endpoints))
-
-    async def update_weights_from_disk(self, path: str, version: str) -> None:
-        """Load a checkpoint folder and name it `version`.
-
-        A server may answer 400 "not flushed" although the weights have changed; then its stale caches are
-        flushed here.
-        """
-        body = {"model_path": path, "weight_version": version, "flush_cache": True}
-        await asyncio.gather(*(self._update_from_disk(endpoint, body) for endpoint in self.endpoints))
-
-    async def model_info(self) -> list[dict[str, Any]]:
-        """Return each server's `/model_info`: its model, its modalities, its weight version."""
-        return await self._control("GET", "/model_info")
-
-    async def server_info(self) -> list[dict[str, Any]]:
-        """Return each server's `/server_info`: its resolved arguments and state."""
-        return await self._control("GET", "/server_info")
-
-    async def _request(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
-        """Send a control verb until there is an answer or no hope.
-
-        One that gets no answer in time is not repeated. A lost connection is another matter: all verbs may be
-        said twice.
-        """
-        retry = Retry(self._patience, repeatable=False)
-        while True:
-            try:
-                return await self._transport.send(method, url, body, self._admin_key, self._timeout)
-            except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
-                await self._pause(retry, error, url)
-
-    async def _control(self, method: str, path: str, body: dict[str, Any] | None = None) -> list[Any]:
-        """Call one verb on all servers; return the parsed answers in the servers' order."""
-        urls = [endpoint.base_url + path for endpoint in self.endpoints]
-        bodies = await asyncio.gather(*(self._request(method, url, body) for url in urls))
-        return [self._transport.parse(url, answer) for url, answer in zip(urls, bodies, strict=True)]
-
-    async def _flush(self, endpoint: Endpoint, patience: float) -> None:
-        url = endpoint.base_url + "/flush_cache"
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + patience
-        while True:
-            try:
-                await self._request("POST", url, {})
-            except HttpError as error:
-                if error.status != 400 or loop.time() >= give_up:
-                    raise
-                await asyncio.sleep(0.25)
-            else:
-                return
-
-    async def _update_from_disk(self, endpoint: Endpoint, body: dict[str, Any]) -> None:
-        url = endpoint.base_url + "/update_weights_from_disk"
+    async def _serves(self, endpoint: Endpoint) -> bool:
+        """Ask `GET /ready`, which costs a server nothing, and which weights it has."""
         try:
-            answer = self._transport.parse(url, await self._request("POST", url, body))
+            await self._get(endpoint.base_url + "/ready")
+            if self._version is None:
+                return True
+            info = await self._get(endpoint.base_url + "/model_info")
+            return self._transport.parse(endpoint.base_url, info).get("weight_version") == self._version
         except HttpError as error:
-            if error.status != 400 or "not flushed" not in error.body:
-                raise
-            await self._flush(endpoint, patience=30.0)
-            return
-        if not (isinstance(answer, dict) and answer.get("success")):
-            raise EngineError(f"{url} did not load {body['model_path']}: {str(answer)[:500]}. {self._remedy}")
+            # an older server does not know the path, and is there
+            return error.status in (404, 405)
+        except EngineError:
+            return False
+
+    async def _get(self, url: str) -> bytes:
+        return await self._transport.send("GET", url, None, self._api_key, PROBE_TIMEOUT)
+
+
+def _meta(answer: Any) -> dict[str, Any]:
+    """Return an answer's `meta_info`, empty where it has none."""
+    meta = answer.get("meta_info") if isinstance(answer, dict) else None
+    return meta if isinstance(meta, dict) else {}

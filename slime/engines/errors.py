@@ -36,6 +36,14 @@ class EngineTimeoutError(EngineError, TimeoutError):
     """A server did not answer before the deadline, retries included."""
 
 
+class StaleWeightsError(EngineError):
+    """A server answered with other weights than it was last given: it was started anew meanwhile."""
+
+
+class EnginesLostError(EngineError):
+    """None of the student's engines answers with its current weights; new ones must be given to them."""
+
+
 class EngineAbortedError(EngineError):
     """A server cut the request off (`finish_reason` abort)."""
 

@@ -36,10 +36,10 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 PROJECT_ROOT = Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    """Return a TCP port on 127.0.0.1 that nothing is bound to at the moment."""
+def free_port(host: str = LOOPBACK) -> int:
+    """Return a TCP port of one of this machine's addresses that nothing is bound to at the moment."""
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
@@ -154,12 +154,12 @@ class ServerProcess:
         return f"the server at {self.url} {what}. The end of its log, {self.log_path}:\n{self.log_tail()}"
 
 
-def is_ready(url: str, timeout: float = 5.0) -> bool:
-    """Tell whether `url` answers `GET /ready` with 200 within `timeout` seconds; proxies are not used."""
+def is_ready(url: str, timeout: float = 5.0, path: str = "/ready") -> bool:
+    """Tell whether `url` answers `GET <path>` with 200 within `timeout` seconds; proxies are not used."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or LOOPBACK, parts.port, timeout=timeout)
     try:
-        connection.request("GET", "/ready")
+        connection.request("GET", path)
         return connection.getresponse().status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False
@@ -173,6 +173,7 @@ def start_server(
     port: int,
     log_path: str | Path,
     *,
+    host: str = LOOPBACK,
     tp: int = 1,
     gpus: Sequence[int] | None = None,
     dtype: str | None = None,
@@ -181,12 +182,13 @@ def start_server(
     env: Mapping[str, str] | None = None,
     role: Role = "student",
 ) -> ServerProcess:
-    """Start an engine on 127.0.0.1 and return at once; `wait_ready()` waits for it.
+    """Start an engine and return at once; `wait_ready()` waits for it.
 
-    `gpus` None is the CPU with `threads` threads; `env` is added to our own environment. The control
-    endpoints' key is SLIME_ENGINE_ADMIN_KEY from there, or a new random one; either way it is the result's
-    `admin_key`. Raise ValueError for arguments that contradict each other and RuntimeError if the engine is
-    not installed or the port is taken.
+    Beyond loopback, `host` needs SLIME_ENGINE_API_KEY in the environment. `gpus` None is the CPU with
+    `threads` threads; `env` is added to our own environment. The control endpoints' key is
+    SLIME_ENGINE_ADMIN_KEY from there, or a new random one; either way it is the result's `admin_key`. Raise
+    ValueError for arguments that contradict each other and RuntimeError if the engine is not installed or the
+    port is taken.
     """
     base = {**os.environ, **(env or {})}
     base.setdefault(ADMIN_KEY_VARIABLE, secrets.token_hex(16))
@@ -200,6 +202,7 @@ def start_server(
             gpus=gpus,
             tp=tp,
             dtype=dtype,
+            host=host,
             threads=threads,
             extra_args=extra_args,
             env=base,
@@ -207,9 +210,17 @@ def start_server(
         grace = CPU_GRACE_SECONDS if gpus is None else GPU_GRACE_SECONDS
     else:
         command, full_env = transformers_command(
-            model_path, port, gpus=gpus, tp=tp, dtype=dtype, threads=threads, extra_args=extra_args, env=base
+            model_path,
+            port,
+            host=host,
+            gpus=gpus,
+            tp=tp,
+            dtype=dtype,
+            threads=threads,
+            extra_args=extra_args,
+            env=base,
         )
-    url = f"http://{LOOPBACK}:{port}"
+    url = f"http://{host}:{port}"
     return ServerProcess.start(
         command, url=url, log_path=log_path, env=full_env, admin_key=base[ADMIN_KEY_VARIABLE], grace=grace
     )
@@ -219,6 +230,7 @@ def transformers_command(
     model_path: str,
     port: int,
     *,
+    host: str = LOOPBACK,
     gpus: Sequence[int] | None,
     tp: int,
     dtype: str | None,
@@ -236,7 +248,7 @@ def transformers_command(
             "use the SGLang engine, or one engine per GPU (--rollout-num-gpus-per-engine 1)."
         )
     command = [sys.executable, "-m", "slime.engines.transformers_engine"]
-    command += ["--model-path", model_path, "--host", LOOPBACK, "--port", str(port)]
+    command += ["--model-path", model_path, "--host", host, "--port", str(port)]
     if dtype is not None:
         command += ["--dtype", dtype]
     full_env = dict(env) | {"CUDA_VISIBLE_DEVICES": "" if gpus is None else str(gpus[0])}

@@ -1,12 +1,12 @@
-"""When a failed request is worth another try, how long to wait for it, and when to give up. Pure but for the
-clock."""
+"""When a failed request is worth another try, how long to wait for it, and when to give up."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 
-from slime.engines.errors import EngineError, EngineUnreachableError, HttpError
+from slime.engines.errors import EngineError, EngineUnreachableError, HttpError, StaleWeightsError
 
 PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
 """Overloaded, starting up, or behind a proxy that lost it: tried for as long as patience lasts."""
@@ -49,12 +49,25 @@ class Retry:
         self.tries += 1
         if self._first_failure is None:
             self._first_failure = time.monotonic()
-        if not self._worth_another(error):
+        if not (elsewhere if isinstance(error, StaleWeightsError) else self._worth_another(error)):
             return None
         if elsewhere and self.tries == 1:
             return 0.0
         pause = random.uniform(0.1, min(LONGEST_PAUSE, 0.25 * 2**self.tries))
         return pause if self.seconds + pause <= self._patience else None
+
+    async def wait(self, error: EngineError, url: str, remedy: str, *, elsewhere: bool = False) -> None:
+        """Wait until another try is due; where none is, raise the error, with what was tried."""
+        pause = self.pause(error, elsewhere=elsewhere)
+        if pause is not None:
+            await asyncio.sleep(pause)
+            return
+        if self.tries == 1:
+            raise error
+        tried = f"{self.tries} tries in {self.seconds:.0f} s"
+        if isinstance(error, HttpError):
+            raise HttpError(url, error.status, error.body, f"{tried}. {remedy}") from error
+        raise type(error)(f"{error} ({tried})") from error
 
     def _worth_another(self, error: EngineError) -> bool:
         if isinstance(error, EngineUnreachableError):

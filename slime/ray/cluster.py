@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.engines.errors import EnginesLostError
 from slime.metrics.trace import Span
 from slime.ray.actor import Actor, Surroundings, log_path, terminal_name
 from slime.ray.interrupts import listen, shielded
@@ -53,6 +54,10 @@ class ActorError(RuntimeError):
     """A call of an actor failed, or the actor died; the message ends with what it said."""
 
 
+class EnginesLost(ActorError):  # noqa: N818 (what happened, not a fault of anybody)
+    """A call needed the student's engines, and none of them has the current weights any more."""
+
+
 class Cluster:
     """A Ray cluster of our own, or a connection to one that is there, and our actors in it."""
 
@@ -83,6 +88,11 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def host(self) -> str:
+        """This machine's address, as the others of the cluster reach it."""
+        return "127.0.0.1" if self.one_machine else ray.util.get_node_ip_address()
 
     @property
     def one_machine(self) -> bool:
@@ -144,6 +154,8 @@ class Cluster:
             expected = [ref for ref in self._expected if ref not in refs]
             done, _ = ray.wait([*pending, *expected, *owners], num_returns=1, timeout=POLL_SECONDS)
             for ref in done:
+                if self._spares(ref, refs):
+                    continue
                 self._result(ref)
                 if ref in owners:
                     raise ActorError(f"{owners[ref]} stopped while it was needed")
@@ -189,10 +201,22 @@ class Cluster:
             )
         listen()
 
+    def _spares(self, ref: ray.ObjectRef, waited_for: Sequence[ray.ObjectRef]) -> bool:
+        """Tell whether a call that somebody will wait for later failed in a way that only they can mend."""
+        if ref in waited_for or ref not in self._expected:
+            return False
+        try:
+            self._result(ref)
+        except EnginesLost:
+            return True
+        return False
+
     def _result(self, ref: ray.ObjectRef) -> Any:
         try:
             return ray.get(ref)
         except RayTaskError as error:
+            if isinstance(error, EnginesLostError):
+                raise EnginesLost(str(error.cause)) from None
             # Its text is the traceback in the actor; the driver's own, inside Ray, would only bury it.
             raise ActorError(ANSI_COLOURS.sub("", str(error))) from None
         except RayActorError as error:

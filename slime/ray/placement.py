@@ -42,6 +42,8 @@ class Placement:
     gpus_per_engine: int
     """Tensor parallel size of each of the student's engines."""
     engine: Engine
+    colocated: bool = False
+    """Whether training and generation take turns on the student's GPUs."""
     idle_gpus: tuple[str, ...] = ()
 
     @property
@@ -60,9 +62,25 @@ class Placement:
         return max(1, len(self.rollout_gpus) // self.gpus_per_engine)
 
     @property
+    def engine_gpus(self) -> tuple[tuple[str, ...], ...]:
+        """The GPUs of each of the student's engines."""
+        size = self.gpus_per_engine
+        return tuple(
+            self.rollout_gpus[first : first + size] for first in range(0, len(self.rollout_gpus), size)
+        )
+
+    @property
     def shared(self) -> bool:
-        """Whether training and generation live on the same GPU."""
+        """Whether training and generation live on the same GPUs."""
         return bool(self.actor_gpus) and self.actor_gpus == self.rollout_gpus
+
+    @property
+    def weight_sync(self) -> str:
+        """How weights reach the engines (`--weight-sync`)."""
+        if self.colocated:
+            return "tensor"
+        # two ranks of one broadcast cannot have one GPU
+        return "distributed" if self.num_gpus and not self.shared else "disk"
 
     @property
     def small_models(self) -> bool:
@@ -77,7 +95,8 @@ class Placement:
                 elsewhere = self.teacher_site == "elsewhere"
                 teacher = "a server elsewhere" if elsewhere else f"one {self.teacher_engine} server"
                 lines.append(f"  teacher   {teacher}")
-            return "\n".join([*lines, f"  student   one training rank, one {self.engine} engine"])
+            turns = ", taking turns" if self.colocated else ""
+            return "\n".join([*lines, f"  student   one training rank, one {self.engine} engine{turns}"])
         lines = [f"{self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''}:"]
         if self.teacher_site == "elsewhere":
             lines.append("  teacher   a server elsewhere; all GPUs here are the student's")
@@ -85,14 +104,19 @@ class Placement:
             lines.append(
                 f"  teacher   {_listed(self.teacher_gpus)}: {self.teacher_engine}, --tp {self.teacher_tp}"
             )
-        engines = f"{self.num_engines} {self.engine} engine{'s' if self.num_engines > 1 else ''}"
-        if self.shared:
-            lines.append(f"  student   {_listed(self.student_gpus)}: trains and generates on it, {engines}")
+        student = _listed(self.student_gpus)
+        if self.colocated:
+            lines.append(f"  student   {student}: trains and generates on all of them by turns (--colocate)")
+        elif self.shared:
+            lines.append(f"  student   {student}: trains and generates on it")
         else:
             lines.append(
-                f"  student   {_listed(self.student_gpus)}: trains on {_listed(self.actor_gpus)}, "
-                f"generates on {_listed(self.rollout_gpus)} ({engines}, --tp {self.gpus_per_engine})"
+                f"  student   {student}: trains on {_listed(self.actor_gpus)}, generates on "
+                f"{_listed(self.rollout_gpus)}"
             )
+        count = f"{self.num_engines} {self.engine} engine{'s' if self.num_engines > 1 else ''}"
+        places = " | ".join(map(_listed, self.engine_gpus))
+        lines.append(f"  engines   {places}: {count}, --tp {self.gpus_per_engine}")
         if self.idle_gpus:
             lines.append(f"  idle      {_listed(self.idle_gpus)}")
         return "\n".join(lines)
@@ -112,6 +136,8 @@ class Placement:
             "NUM_ENGINES": str(self.num_engines),
             "GPUS_PER_ENGINE": str(self.gpus_per_engine),
             "ENGINE": self.engine,
+            "COLOCATED": str(int(self.colocated)),
+            "WEIGHT_SYNC": self.weight_sync,
             "SMALL_MODELS": str(int(self.small_models)),
             "PLACEMENT": self.describe(),
         }
@@ -125,13 +151,15 @@ def plan_placement(
     teacher_site: TeacherSite = "here",
     gpus_per_engine: int = 1,
     engine: Engine | None = None,
+    colocate: bool | None = None,
     gpu_ids: Sequence[str] | None = None,
 ) -> Placement:
     """Split `num_gpus` GPUs between the teacher, the student's training and the student's generation.
 
     Half of the GPUs (a tensor parallel size, at most 8) are those of a teacher served here, from the first
-    one on; of the rest half train and half generate. `gpu_ids` names the GPUs of the machine, by default
-    0, 1, 2, …
+    one on. On the rest training and generation take turns (`colocate`), or half of them train and half
+    generate. None: they take turns unless the teacher shares their only GPU. `gpu_ids` names the GPUs of the
+    machine, by default 0, 1, 2, …
 
     Raises:
         PlacementError: the numbers do not fit together.
@@ -146,15 +174,16 @@ def plan_placement(
         )
     ids = ids[:num_gpus]
     if num_gpus == 0:
-        return _on_cpu(num_gpus_teacher, num_gpus_student, teacher_site, engine)
+        return _on_cpu(num_gpus_teacher, num_gpus_student, teacher_site, engine, colocate=bool(colocate))
     teacher, student = _split(num_gpus, num_gpus_teacher, num_gpus_student, teacher_site)
     student_start = 0 if teacher + student > num_gpus else teacher
     student_ids = ids[student_start : student_start + student]
     student_variable = "SLIME_SCRIPT_NUM_GPUS" + ("" if teacher_site == "none" else "_STUDENT")
-    actor_ids, rollout_ids, student_engine = _divide_student(
-        student_ids, gpus_per_engine, engine, student_variable
-    )
     alone = num_gpus == 1 and teacher_site == "here"
+    colocated = not alone if colocate is None else colocate
+    actor_ids, rollout_ids, student_engine = _divide_student(
+        student_ids, gpus_per_engine, engine, student_variable, colocated=colocated
+    )
     return Placement(
         num_gpus=num_gpus,
         teacher_gpus=ids[:teacher],
@@ -165,18 +194,29 @@ def plan_placement(
         rollout_gpus=rollout_ids,
         gpus_per_engine=gpus_per_engine,
         engine=student_engine,
+        colocated=colocated,
         idle_gpus=ids[student_start + student :],
     )
 
 
 def _on_cpu(
-    teacher: int | None, student: int | None, teacher_site: TeacherSite, engine: Engine | None
+    teacher: int | None,
+    student: int | None,
+    teacher_site: TeacherSite,
+    engine: Engine | None,
+    *,
+    colocate: bool,
 ) -> Placement:
     for name, value in (("TEACHER", teacher), ("STUDENT", student)):
         if value:
             raise PlacementError(
                 f"SLIME_SCRIPT_NUM_GPUS_{name} is {value} and there is no GPU; unset it to run on the CPU."
             )
+    if colocate and engine == "sglang":
+        raise PlacementError(
+            "SLIME_SCRIPT_COLOCATE is 1 and SLIME_SCRIPT_ENGINE is sglang: without a GPU an SGLang server dies "
+            "when it is asked to release memory. Unset either."
+        )
     return Placement(
         num_gpus=0,
         teacher_gpus=(),
@@ -186,6 +226,7 @@ def _on_cpu(
         rollout_gpus=(),
         gpus_per_engine=1,
         engine=engine or "transformers",
+        colocated=colocate,
     )
 
 
@@ -228,7 +269,7 @@ def _split(
 
 
 def _divide_student(
-    ids: tuple[str, ...], gpus_per_engine: int, engine: Engine | None, variable: str
+    ids: tuple[str, ...], gpus_per_engine: int, engine: Engine | None, variable: str, *, colocated: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], Engine]:
     """Return the GPUs that train, those that generate, and the engine that generates.
 
@@ -238,12 +279,19 @@ def _divide_student(
         raise PlacementError(
             f"--rollout-num-gpus-per-engine is {gpus_per_engine}; it must be one of {_TP_TEXT}."
         )
+    if colocated:
+        if len(ids) % gpus_per_engine:
+            raise PlacementError(
+                f"--rollout-num-gpus-per-engine is {gpus_per_engine} and the student has {len(ids)} GPUs, "
+                f"which it does not divide; change it or {variable}."
+            )
+        return ids, ids, engine or "sglang"
     if len(ids) == 1:
         if engine == "sglang":
             raise PlacementError(
                 "The student has one GPU and SLIME_SCRIPT_ENGINE is sglang; training and an SGLang engine "
-                "on one GPU need --colocate, which has not landed. Unset SLIME_SCRIPT_ENGINE, or give the "
-                "student 2 GPUs."
+                "on one GPU must take turns. Set SLIME_SCRIPT_COLOCATE=1, unset SLIME_SCRIPT_ENGINE, or give "
+                "the student 2 GPUs."
             )
         if gpus_per_engine > 1:
             raise PlacementError(
@@ -282,6 +330,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rollout-num-gpus-per-engine", type=int, default=1)
     parser.add_argument("--engine", choices=("sglang", "transformers"))
+    parser.add_argument(
+        "--colocate", choices=("0", "1"), help="whether training and generation take turns; default: see plan"
+    )
     parser.add_argument("--shell", action="store_true", help="print shell assignments instead of sentences")
     return parser
 
@@ -301,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             teacher_site=options.teacher,
             gpus_per_engine=options.rollout_num_gpus_per_engine,
             engine=options.engine,
+            colocate=None if options.colocate is None else options.colocate == "1",
             gpu_ids=gpu_ids,
         )
     except PlacementError as error:

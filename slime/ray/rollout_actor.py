@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slime.rollout.manager import RolloutManager
     from slime.rollout.rollout import RolloutBatch
     from slime.utils.types import Sample
+    from slime.weight_sync.probe import Probe
 
 Who = Literal["student", "teacher"]
 
@@ -110,11 +111,15 @@ class RolloutActor(Actor):
         with self.stopwatch.stage("evaluation", rollout_id=rollout_id, who=who):
             return self._ready().evaluate(rollout_id, who)
 
-    def update_weights(self, path: str, version: str) -> None:
-        """Load the weights at `path` into all engines; from now on every answer must be of `version`."""
-        with self.stopwatch.stage("load weights", version=version):
-            self._ready().update_weights(path, version)
+    def expect_version(self, version: str) -> None:
+        """From now on every answer must come from the weights `version`, which all engines have."""
+        self._ready().expect_version(version)
         self._version = version
+
+    def probe(self) -> Probe:
+        """Let every engine answer the same prompt."""
+        with self.stopwatch.stage("probe"):
+            return self._ready().probe()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data."""

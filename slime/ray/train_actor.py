@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,30 +15,43 @@ from slime.ray.actor import Actor, Surroundings
 if TYPE_CHECKING:
     from slime.arguments import Args
     from slime.backends.base import TrainBackend
+    from slime.backends.batching import BatchProcessor
     from slime.trainer import Trainer, TrainShard
+    from slime.weight_sync.base import EngineMember
+    from slime.weight_sync.probe import Gap, Probe
+    from slime.weight_sync.sync import WeightSync
 
 
 class TrainActor(Actor):
     """Trains in step with the other ranks: each verb must be called on all of them."""
 
-    def __init__(self, args: Args, rank: int, surroundings: Surroundings) -> None:
+    def __init__(self, args: Args, rank: int, several_nodes: bool, surroundings: Surroundings) -> None:
+        """`several_nodes` says whether engines or other ranks may be on other machines."""
         super().__init__(f"train_{rank}", surroundings)
         # OpenMP reads this once, when torch is imported below. Ray has set it to 1.
         os.environ["OMP_NUM_THREADS"] = str(args.train_threads)
         self._args = args
         self._rank = rank
+        self._several_nodes = several_nodes
         self._trainer: Trainer | None = None
         self._backend: TrainBackend | None = None
+        self._weight_sync: WeightSync | None = None
+        self._processor: BatchProcessor
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a free port: where the ranks meet, if this is rank 0."""
-        host = ray.util.get_node_ip_address() if self._args.actor_num_nodes > 1 else "127.0.0.1"
+        host = self._host()
         with socket.socket() as probe:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def setup(self, master_address: str, master_port: int) -> None:
-        """Join the process group and load the model."""
+    def place(self) -> tuple[str, tuple[int, ...]]:
+        """Return this node's address, and the numbers of this rank's GPUs: none on a CPU."""
+        gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        return self._host(), tuple(int(gpu) for gpu in gpus)
+
+    def setup(self, master_address: str, master_port: int, weight_folder: str | None) -> None:
+        """Join the process group and load the model; `weight_folder` is where weights for engines go."""
         os.environ.update(
             MASTER_ADDR=master_address,
             MASTER_PORT=str(master_port),
@@ -51,12 +65,16 @@ class TrainActor(Actor):
         from slime.engines.model_facts import model_facts
         from slime.trainer import Trainer
         from slime.utils.processing_utils import load_processor
+        from slime.weight_sync.sync import create_weight_sync
 
         args, checkpoint = self._args, self._args.hf_checkpoint
         processor = load_processor(checkpoint)
         masked = never_sampled(processor.tokenizer, model_facts(checkpoint).vocab_size)
         self._backend = create_backend(args, self._rank, args.num_train_ranks, masked)
+        self._processor = processor
         self._trainer = Trainer(args, self._backend, processor, masked)
+        folder = None if weight_folder is None else Path(weight_folder)
+        self._weight_sync = create_weight_sync(args, self._rank, folder, self._host())
 
     def train(self, rollout_id: int, shard: TrainShard) -> dict[str, float]:
         """Take the optimizer steps of one rollout; return metrics, the same on every rank."""
@@ -69,17 +87,34 @@ class TrainActor(Actor):
         """Return the number of optimizer steps behind the weights."""
         return self._ready().weight_version
 
-    def export_weights(self, path: str) -> int:
-        """Write the full weights as a Hugging Face folder; return bytes. Rank 0 writes, all gather."""
-        from slime.weight_sync.disk import write_weights
+    def publish_weights(self, engines: Sequence[EngineMember], version: str) -> int:
+        """Bring the full weights to the engines; return the bytes that this rank sent. All gather."""
+        if self._weight_sync is None:
+            raise RuntimeError(f"train_{self._rank} has no way to the engines yet; call setup() first")
+        with self.stopwatch.stage("sync weights", version=version):
+            return self._weight_sync.publish(self._ready().hf_named_parameters(), engines, version)
 
-        with self.stopwatch.stage("export weights", version=self.weight_version()):
-            return write_weights(
-                self._ready().hf_named_parameters(),
-                Path(path),
-                checkpoint=Path(self._args.hf_checkpoint),
-                writes=self._rank == 0,
-            )
+    def compare(self, probe: Probe) -> list[Gap]:
+        """Return how far the engines' log-probs of their own responses are from the present weights'."""
+        from slime.weight_sync.probe import compare
+
+        with self.stopwatch.stage("compare weights", version=self.weight_version()):
+            return compare(self._args, self._ready(), self._processor, probe)
+
+    def onload(self) -> None:
+        """Bring model and optimizer back from the host's memory."""
+        with self.stopwatch.stage("onload"):
+            self._ready().onload()
+
+    def offload_optimizer(self) -> None:
+        """Put the optimizer's state into the host's memory."""
+        with self.stopwatch.stage("offload optimizer"):
+            self._ready().offload_optimizer()
+
+    def offload(self) -> None:
+        """Put model and optimizer into the host's memory."""
+        with self.stopwatch.stage("offload"):
+            self._ready().offload()
 
     def save(self, path: str) -> None:
         """Write model, optimizer and schedule below `path`."""
@@ -89,6 +124,10 @@ class TrainActor(Actor):
     def load(self, path: str) -> None:
         """Read what `save` wrote."""
         self._ready().load_checkpoint(Path(path))
+
+    def _host(self) -> str:
+        """Return this node's address, as the others of the run reach it."""
+        return ray.util.get_node_ip_address() if self._several_nodes else "127.0.0.1"
 
     def _ready(self) -> TrainBackend:
         if self._backend is None:

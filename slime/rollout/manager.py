@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from slime.data.picture_store import PictureStore
 from slime.data.source import EvalSet, PromptSource
 from slime.data.vocabulary import never_sampled
+from slime.engines.api import sampling_params
 from slime.engines.client import EngineClient
+from slime.engines.errors import EnginesLostError
 from slime.engines.model_facts import model_facts
 from slime.evaluation import evaluate
-from slime.rollout.generate import GenerateFunction, Sampler, generate
+from slime.rollout.generate import GenerateFunction, Sampler, generate, generate_all
 from slime.rollout.on_policy_distillation import REMEDY as TEACHER_REMEDY
 from slime.rollout.on_policy_distillation import close_teacher_clients
 from slime.rollout.recording.file import write_rollout
@@ -30,11 +32,14 @@ from slime.rollout.rollout import RolloutBatch, run_rollout
 from slime.utils.misc import load_function
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
+from slime.weight_sync.probe import Probe, probe_sample
 
 if TYPE_CHECKING:
     from slime.arguments import Args
 
 ENGINE_REMEDY = "Is the student's engine running? Look at its log in the run's output folder."
+PROBE_TOKENS = 16
+"""Length of a response that is compared with the trainer's log-probs."""
 
 T = TypeVar("T")
 
@@ -56,14 +61,9 @@ class RolloutManager:
         self._recordings = args.save_debug_rollout_data
         if self._recordings is not None:  # a folder that cannot be made is found out now
             recording_path(self._recordings, 0).parent.mkdir(parents=True, exist_ok=True)
-        self._engines = EngineClient(
-            engine_urls,
-            role="student engine",
-            remedy=ENGINE_REMEDY,
-            concurrency=args.rollout_concurrency,
-            timeout=args.request_timeout,
-        )
+        self._engines = self._engine_client(engine_urls)
         self._teacher: EngineClient | None = None
+        self._probe_sample: Sample | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-loop", daemon=True)
         self._thread.start()
@@ -73,19 +73,37 @@ class RolloutManager:
         is asked for.
 
         Raises:
+            EnginesLostError: no engine has the current weights any more. The position in the data is as
+                before.
             EngineError: an engine or the teacher failed; retries are over.
             RecordingError: a sample holds what cannot be recorded.
         """
-        batch = self._run(self._generate(rollout_id))
+        position = self._source.state_dict()
+        try:
+            batch = self._run(self._generate(rollout_id))
+        except EnginesLostError:  # the same prompts are asked for once more
+            self._source.load_state_dict(position)
+            raise
         return batch if self._recordings is None else self._recorded(self._recordings, rollout_id, batch)
 
     def evaluate(self, rollout_id: int, who: Literal["student", "teacher"] = "student") -> dict[str, float]:
         """Return the held-out accuracy of the student's engines, or of the server at `--rm-url`."""
         return self._run(self._evaluate(who))
 
-    def update_weights(self, path: str, version: str) -> None:
-        """Load the checkpoint folder at `path` into every engine, as `version`."""
-        self._run(self._update_weights(path, version))
+    def expect_version(self, version: str) -> None:
+        """Take no answer of an engine from now on but of the weights `version`."""
+        self._run(self._engines.expect(version))
+
+    def probe(self) -> Probe:
+        """Let every engine answer one prompt, always the same: its picture is one that they have seen."""
+        sample = self._probe_sample or self._peek()
+        self._probe_sample = sample
+        answers = self._run(self._answers_of_all(sample))
+        return Probe(
+            urls=tuple(endpoint.base_url for endpoint in self._engines.endpoints),
+            samples=tuple(probe_sample(answer) for answer in answers),
+            pictures=self.pictures((sample.multimodal_train_inputs or {}).get("image_hashes", ())),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, as plain data."""
@@ -98,6 +116,13 @@ class RolloutManager:
     def pictures(self, hashes: Iterable[str]) -> dict[str, bytes]:
         """Return the PNG bytes of pictures by their content hash."""
         return self._pictures.png(hashes)
+
+    def _peek(self) -> Sample:
+        """Return the sample that comes next; the position in the data stays."""
+        position = self._source.state_dict()
+        sample = self._source.next_groups(1)[0][0]
+        self._source.load_state_dict(position)
+        return sample
 
     @property
     def merge_size(self) -> int:
@@ -158,6 +183,16 @@ class RolloutManager:
             self._teacher = self._teacher_client()
         return self._teacher
 
+    def _engine_client(self, urls: list[str]) -> EngineClient:
+        """Return a client of student engines."""
+        return EngineClient(
+            urls,
+            role="student engine",
+            remedy=ENGINE_REMEDY,
+            concurrency=self._args.rollout_concurrency,
+            timeout=self._args.request_timeout,
+        )
+
     def _teacher_client(self) -> EngineClient:
         """Return a client that lets the teacher's servers write."""
         return EngineClient(
@@ -191,11 +226,26 @@ class RolloutManager:
             raise ValueError("an evaluation is asked for and there is no --eval-prompt-data NAME PATH.")
         return {eval_set.name: eval_set.samples() for eval_set in self._eval_sets}
 
-    async def _update_weights(self, path: str, version: str) -> None:
-        await self._engines.pause("retract")
-        await self._engines.update_weights_from_disk(path, version)
-        await self._engines.flush_cache()
-        await self._engines.continue_()
+    async def _answers_of_all(self, sample: Sample) -> list[Sample]:
+        """Return a short answer of each engine."""
+        params = sampling_params(max_new_tokens=PROBE_TOKENS, temperature=1.0, banned_ids=self._banned)
+
+        async def nothing(_: Sample) -> None:
+            pass
+
+        answers = []
+        for endpoint in self._engines.endpoints:
+            async with self._engine_client([endpoint.generate_url]) as client:
+                answers += await generate_all(
+                    self._args,
+                    [dataclasses.replace(sample)],
+                    params,
+                    Sampler(client, self._facts),
+                    label="probe",
+                    seed_label="probe",
+                    after=nothing,
+                )
+        return answers
 
     async def _close(self) -> None:
         await self._engines.close()

@@ -1,29 +1,64 @@
 """Weights to the engines through a folder: written by training rank 0, read by `/update_weights_from_disk`.
 
 A version is written under a temporary name and renamed when complete, so an engine never reads half of one.
-Who calls the engines, and when, is decided above.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slime.weight_sync.store import weight_files
+from slime.engines.control import EngineControl
+from slime.weight_sync.base import EngineMember, Parameters
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 
 
+class DiskSender:
+    """Implements `WeightSender` through a folder that training ranks and engines see."""
+
+    needs_session = False
+
+    def __init__(self, folder: Path, checkpoint: Path, *, leads: bool) -> None:
+        """`folder` holds the newest version and the one being written; `checkpoint` lends config and
+        tokenizer."""
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._leads = leads
+        self._written: str | None = None
+        self._bytes = 0
+
+    async def send(
+        self, parameters: Parameters, engines: Sequence[EngineMember], control: EngineControl, version: str
+    ) -> int:
+        """Write the folder, unless this version is there already, and let every engine read it."""
+        target = self._folder / f"version-{version}"
+        if self._written != version:
+            self._bytes = write_weights(parameters, target, checkpoint=self._checkpoint, writes=self._leads)
+            self._written = version
+        if self._leads:
+            await control.update_weights_from_disk(str(target), version)
+            self._retire_all_but(target)
+        return self._bytes
+
+    def close(self) -> None:
+        """Do nothing: the folder is its maker's."""
+
+    def _retire_all_but(self, current: Path) -> None:
+        for path in self._folder.iterdir():
+            if path.is_dir() and path != current:
+                shutil.rmtree(path)
+
+
 def write_weights(
-    parameters: Iterable[tuple[str, Tensor]],
+    parameters: Parameters,
     target: Path,
     *,
     checkpoint: Path,
@@ -37,7 +72,6 @@ def write_weights(
     `writes` touches the disk. It holds at most one shard in memory.
 
     Raises:
-        RuntimeError: the tensors are not those of the checkpoint.
         FileExistsError: `target` is there already.
     """
     if not writes:
@@ -55,7 +89,6 @@ def write_weights(
             save_file(shard, partial / f"shard-{number}", metadata={"format": "pt"})
             shards.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
-        _check_names({name for names in shards for name in names}, checkpoint)
         _name_shards(partial, shards, total)
         partial.rename(target)
     except BaseException:
@@ -71,7 +104,7 @@ def copy_companions(checkpoint: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _shards(parameters: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(parameters: Parameters, max_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in parameters:
@@ -83,24 +116,6 @@ def _shards(parameters: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterato
         size += tensor.nbytes
     if shard:
         yield shard
-
-
-def _check_names(written: set[str], checkpoint: Path) -> None:
-    """Refuse other names than the checkpoint's: an engine might keep its old weights without a word."""
-    expected: set[str] = set()
-    for path in weight_files(checkpoint):
-        with safe_open(path, framework="pt") as file:
-            expected.update(file.keys())
-    # Tied to the embeddings, the head is in some checkpoints and not in others.
-    missing = sorted(expected - written - {"lm_head.weight"})
-    unknown = sorted(written - expected - {"lm_head.weight"})
-    if missing or unknown:
-        raise RuntimeError(
-            f"the trainer's weights are not those of {checkpoint}: {len(missing)} tensors of the checkpoint "
-            f"are missing ({', '.join(missing[:3])}), {len(unknown)} are unknown to it "
-            f"({', '.join(unknown[:3])}). The backend must yield the names of the checkpoint's safetensors "
-            "files."
-        )
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:

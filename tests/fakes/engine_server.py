@@ -39,6 +39,14 @@ def log_prob(token: int, position: int, pictures: int = 0) -> float:
     return -(0.05 + ((token * 31 + position * 17 + pictures * 7) % 97) / 20)
 
 
+SESSION_PATHS = (
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/update_weights_from_tensor",
+    "/update_weights_from_distributed",
+)
+
+
 @dataclass
 class FakeEngine:
     """Behaviour and record of one fake server."""
@@ -58,6 +66,8 @@ class FakeEngine:
     control_delay: float = 0.0
     """Seconds that any other path takes."""
     version: str = "default"
+    session_open: bool = False
+    """Whether a weight update is under way."""
     requests: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
     """(path, body, headers) in order of arrival."""
     generate_times: list[tuple[float, float]] = field(default_factory=list)
@@ -101,6 +111,8 @@ class FakeEngine:
         if path == "/update_weights_from_disk":
             self.version = self.requests[-1][1]["weight_version"]
             return web.json_response({"success": True, "message": "ok"})
+        if path in SESSION_PATHS:
+            return self._session(path)
         if path == "/ready" and self.fault is not None and self.fault_times > 0:
             return web.Response(status=503)
         if path == "/flush_cache":
@@ -108,6 +120,19 @@ class FakeEngine:
         if path == "/model_info":
             return web.json_response({"model_path": "fake", "weight_version": self.version})
         return web.json_response({"message": "ok", "status": "ok"})
+
+    def _session(self, path: str) -> web.Response:
+        """Answer what belongs to a weight-update session, with the real server's refusals."""
+        begins = path == "/begin_weight_update"
+        if begins == self.session_open:
+            message = (
+                "a weight-update session is already open" if begins else f"no session is open for {path}"
+            )
+            return web.json_response({"success": False, "message": message}, status=400)
+        if path in ("/begin_weight_update", "/end_weight_update"):
+            self.session_open = begins
+        self.version = (self.requests[-1][1] or {}).get("weight_version", self.version)
+        return web.json_response({"success": True, "message": "Success"})
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         broken = await self._broken_transport(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -53,6 +54,9 @@ class _Rollouts:
 
     def wait_ready(self) -> None:
         self.calls.append("rollouts ready")
+
+    def when_engines_are_lost(self, revive: Callable[[], object]) -> None:
+        """Nothing is lost here."""
 
     def evaluate(self, rollout_id: int, who: str) -> dict[str, float]:
         self.calls.append(f"eval {rollout_id}")

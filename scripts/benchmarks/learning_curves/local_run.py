@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,9 @@ from slime.train import train
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import TRAINED, Sample
-from slime.weight_sync.disk import write_weights
-from slime.weight_sync.store import WeightStore
+from slime.weight_sync.base import EngineMember
+from slime.weight_sync.store import create_weight_folder
+from slime.weight_sync.sync import create_weight_sync
 
 
 class StopRunError(Exception):
@@ -98,9 +99,12 @@ class LocalRollouts:
         self._accuracies.append(metrics["eval/accuracy"])
         return metrics
 
-    def update_weights(self, path: Path, version: str) -> None:
-        """Load the weights at `path` into the engine."""
-        self._manager.update_weights(str(path), version)
+    def expect_version(self, version: str) -> None:
+        """From now on every answer must come from these weights."""
+        self._manager.expect_version(version)
+
+    def when_engines_are_lost(self, revive: Callable[[], object]) -> None:
+        """Do nothing: the engine is the benchmark's, and its loss ends the run."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -110,15 +114,16 @@ class LocalRollouts:
 class LocalTrainers:
     """The verbs of `TrainGroup` on one rank in this process."""
 
-    def __init__(self, args: Args, store: WeightStore) -> None:
+    def __init__(self, args: Args, engine_url: str, weight_folder: Path) -> None:
         self._args = args
-        self._store = store
+        self._engines = [EngineMember(url=engine_url)]
         self.step = 0
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_RANK="0")
         processor = load_processor(args.hf_checkpoint)
         masked = never_sampled(processor.tokenizer, model_facts(args.hf_checkpoint).vocab_size)
         self._backend = cast(FsdpBackend, create_backend(args, 0, 1, masked))
         self._trainer = Trainer(args, self._backend, processor, masked)
+        self._weight_sync = create_weight_sync(args, 0, weight_folder, "127.0.0.1")
 
     def wait_ready(self) -> None:
         """Return at once: the model is there."""
@@ -134,15 +139,8 @@ class LocalTrainers:
         start = time.perf_counter()
         self.step = self._backend.weight_version
         version = str(self.step)
-        path = self._store.path_for(version)
-        write_weights(
-            self._backend.hf_named_parameters(),
-            path,
-            checkpoint=Path(self._args.hf_checkpoint),
-            writes=True,
-        )
-        rollouts.update_weights(path, version)
-        self._store.retire_all_but(version)
+        self._weight_sync.publish(self._backend.hf_named_parameters(), self._engines, version)
+        rollouts.expect_version(version)
         return {"perf/sync_seconds": time.perf_counter() - start}
 
     def close(self) -> None:
@@ -156,10 +154,12 @@ def run_locally(run: Run, setting: Setting, teacher_accuracy: float, folder: Pat
     args = parse_args(train_flags(run, setting.data, setting.teacher_url, folder))
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(args, console))
-        store = stack.enter_context(WeightStore.create(folder, Path(args.hf_checkpoint), one_machine=True))
+        weights = stack.enter_context(
+            create_weight_folder(folder, Path(args.hf_checkpoint), one_machine=True)
+        )
         rollouts = LocalRollouts(args, setting.engine_url, teacher_accuracy, run.case.stop_share)
         stack.enter_context(closing(rollouts))
-        trainers = stack.enter_context(closing(LocalTrainers(args, store)))
+        trainers = stack.enter_context(closing(LocalTrainers(args, setting.engine_url, weights.path)))
         with suppress(StopRunError):
             train(args, tracker, cast(Any, rollouts), cast(Any, trainers))
         final = held_against_teacher(run.case, setting, folder)

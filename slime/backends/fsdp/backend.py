@@ -16,8 +16,9 @@ from slime.backends.batching import MicroBatch
 from slime.backends.fsdp.checkpoint import load_sharded, save_sharded
 from slime.backends.fsdp.export import hf_named_parameters
 from slime.backends.fsdp.loading import load_policy
-from slime.backends.fsdp.model import PolicyModel
+from slime.backends.fsdp.model import PolicyModel, reshard
 from slime.backends.fsdp.optimizer import build_adamw, clip_by_norm, global_norm, local_gradients
+from slime.backends.parking import Parking
 from slime.backends.schedule import LearningRate
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class FsdpBackend:
         self._clip_grad = args.clip_grad
         self._compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
         self._steps = 0
+        self._parking = Parking()
         mesh = init_device_mesh(device.type, (world_size,))
         self._student = load_policy(
             args.hf_checkpoint,
@@ -162,6 +164,23 @@ class FsdpBackend:
     def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the full student weights as a Hugging Face folder holds them. Collective."""
         return hf_named_parameters(self._student.hf, self._compute_dtype)
+
+    def offload_optimizer(self) -> None:
+        """Put the optimizer's state into the host's memory."""
+        states = [state for values in self._optimizer.state.values() for state in values.values()]
+        self._parking.park(state for state in states if isinstance(state, Tensor))
+
+    def offload(self) -> None:
+        """Put model and optimizer into the host's memory."""
+        self.offload_optimizer()
+        models = [model for model in (self._student, self._reference) if model is not None]
+        for model in models:
+            reshard(model)
+        self._parking.park(parameter for model in models for parameter in model.parameters())
+
+    def onload(self) -> None:
+        """Bring all that was put away back."""
+        self._parking.unpark()
 
     def save_checkpoint(self, path: Path) -> None:
         """Write model, optimizer and schedule below `path`. Collective."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
@@ -122,6 +123,13 @@ class PolicyModel(nn.Module):
         return model.language_model(
             inputs_embeds=embeddings, **self._separation(batch), use_cache=False
         ).last_hidden_state
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass has left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _image_features(model: Any, batch: MicroBatch) -> tuple[BaseModelOutputWithDeepstackFeatures, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import aiohttp
 import orjson
 
-from slime.engines.client import API_KEY_VARIABLE, EngineClient
+from slime.engines.client import EngineClient
 from slime.engines.doctor.outcome import NUMERICS_REMEDY, Fault
 from slime.engines.errors import (
     EngineAbortedError,
@@ -29,6 +29,7 @@ from slime.engines.errors import (
     WrongAnswerError,
 )
 from slime.engines.replicas import Endpoint
+from slime.engines.sglang_serve import API_KEY_VARIABLE
 
 PAGE_SECONDS = 10.0
 MARKUP = re.compile(r"""['"](\\n|\s)*<""")

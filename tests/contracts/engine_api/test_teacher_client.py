@@ -13,6 +13,7 @@ from PIL import Image
 
 from slime.engines.api import score_payload
 from slime.engines.client import EngineClient
+from slime.engines.control import EngineControl
 from slime.engines.pictures import data_uris
 from slime.engines.scores import score_triples, top_scores
 from slime.rollout.on_policy_distillation import close_teacher_clients, post_process_rewards, reward_func
@@ -111,12 +112,15 @@ def test_a_group_prefills_prompt_and_picture_once(engine: Engine, reference: Ref
     payloads = [score_payload([*PROMPT, *response], length - 1, [picture]) for response in responses]
 
     async def ask() -> tuple[list[Any], list[Any]]:
-        async with EngineClient([engine.url], admin_key=engine.admin_key) as client:
+        async with (
+            EngineClient([engine.url]) as client,
+            EngineControl([engine.url], admin_key=engine.admin_key) as control,
+        ):
             alone = []
             for payload in payloads:
-                await client.flush_cache()
+                await control.flush_cache()
                 alone.append(await client.score(payload))
-            await client.flush_cache()
+            await control.flush_cache()
             return alone, await asyncio.gather(*(client.score(payload, group="g") for payload in payloads))
 
     alone, together = asyncio.run(ask())

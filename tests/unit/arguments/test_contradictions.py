@@ -298,7 +298,6 @@ PENDING_FLAGS = {
         "t",
     ),
     "Megatron's own flags": ("--tensor-model-parallel-size", "2"),
-    "--colocate": ("--colocate",),
     "--rollout-top-p below 1": ("--rollout-top-p", "0.9"),
     "--rollout-top-k": ("--rollout-top-k", "20"),
 }

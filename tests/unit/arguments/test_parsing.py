@@ -292,6 +292,6 @@ def test_a_command_line_is_checked_before_anything_is_installed() -> None:
         f"import sys; sys.modules.update(dict.fromkeys({heavy!r}))\n"
         "from slime.arguments import parse_args\n"
         "parse_args(['--hf-checkpoint', 'm', '--prompt-data', 'd', '--num-rollout', '1', '--rm-type', 'math',"
-        " '--engine', 'sglang', '--train-dtype', 'bfloat16'])"
+        " '--engine', 'sglang', '--train-dtype', 'bfloat16', '--weight-sync', 'distributed'])"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

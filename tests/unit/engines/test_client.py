@@ -10,7 +10,7 @@ from slime.engines.api import score_payload
 from slime.engines.client import EngineClient
 from slime.engines.errors import (
     AnswerError,
-    EngineError,
+    EnginesLostError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
@@ -132,14 +132,6 @@ async def test_a_request_without_an_answer_is_sent_again_under_another_id(engine
     assert answer["meta_info"]["prompt_tokens"] == 3
     first, second = engine.bodies()
     assert first["rid"] != second["rid"]
-
-
-async def test_a_control_verb_without_an_answer_is_not_repeated(engine: FakeEngine) -> None:
-    engine.control_delay = 5.0
-    async with client(engine.url, timeout=0.3, patience=10.0) as student:
-        with pytest.raises(EngineTimeoutError):
-            await student.update_weights_from_disk("/weights/3", "3")
-    assert len(engine.requests) == 1
 
 
 async def test_an_answer_to_another_request_is_refused(engine: FakeEngine) -> None:
@@ -265,61 +257,18 @@ async def test_a_new_group_goes_to_the_least_loaded_server() -> None:
     assert sorted(len(fake.bodies()) for fake in fakes) == [2, 4]
 
 
-async def test_keys_go_where_they_belong(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_api_key_is_sent(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIME_ENGINE_API_KEY", "public")
     monkeypatch.setenv("SLIME_ENGINE_ADMIN_KEY", "secret")
     async with client(engine.url) as student:
         await student.generate(PAYLOAD)
-        await student.continue_()
-    sent = {path: headers.get("Authorization") for path, _, headers in engine.requests}
-    assert sent == {"/generate": "Bearer public", "/continue_generation": "Bearer secret"}
+    assert engine.requests[0][2]["Authorization"] == "Bearer public"
 
 
 async def test_without_keys_no_header_is_sent(engine: FakeEngine) -> None:
     async with client(engine.url) as student:
         await student.generate(PAYLOAD)
     assert "Authorization" not in engine.requests[0][2]
-
-
-async def test_the_control_verbs(engine: FakeEngine) -> None:
-    async with client(engine.url + "/generate") as student:
-        await student.pause()
-        await student.update_weights_from_disk("/weights/3", "3")
-        await student.flush_cache()
-        await student.continue_()
-        assert await student.model_info() == [{"model_path": "fake", "weight_version": "3"}]
-    assert [path for path, _, _ in engine.requests] == [
-        "/pause_generation",
-        "/update_weights_from_disk",
-        "/flush_cache",
-        "/continue_generation",
-        "/model_info",
-    ]
-    assert engine.requests[0][1] == {"mode": "retract"}
-
-
-async def test_weights_that_changed_without_a_flush_are_flushed(engine: FakeEngine) -> None:
-    engine.fault = "unflushed"
-    async with client(engine.url) as student:
-        await student.update_weights_from_disk("/weights/3", "3")
-    assert [path for path, _, _ in engine.requests] == ["/update_weights_from_disk", "/flush_cache"]
-
-
-async def test_a_busy_flush_is_asked_again_and_then_an_error(engine: FakeEngine) -> None:
-    engine.fault, engine.fault_times = "busy", 2
-    async with client(engine.url) as student:
-        await student.flush_cache()
-        assert len(engine.requests) == 3
-        engine.fault_times = 10**9
-        with pytest.raises(HttpError, match="pending"):
-            await student.flush_cache(patience=0.3)
-
-
-async def test_weights_that_do_not_load_are_an_error(engine: FakeEngine) -> None:
-    engine.fault = "corrupt"
-    async with client(engine.url) as student:
-        with pytest.raises(EngineError, match="no such checkpoint"):
-            await student.update_weights_from_disk("/nowhere", "3")
 
 
 @pytest.mark.parametrize(
@@ -362,3 +311,44 @@ async def test_a_redirect_is_not_followed() -> None:
 def test_no_address_is_refused() -> None:
     with pytest.raises(ValueError, match="no address of a teacher"):
         client()
+
+
+async def test_answers_of_other_weights_than_expected_are_not_taken(engine: FakeEngine) -> None:
+    engine.version = "3"
+    async with client(engine.url) as student:
+        await student.expect("3")
+        await student.generate(PAYLOAD)
+        engine.version = "default"  # started anew
+        with pytest.raises(EnginesLostError, match=r"'default'.*'3'"):
+            await student.generate(PAYLOAD)
+    assert len(engine.bodies()) == 2
+
+
+async def test_a_server_that_was_started_anew_is_left_out_until_it_has_the_weights() -> None:
+    fakes = [FakeEngine(image_token_id=90, vocab_size=100, version="3") for _ in range(2)]
+    with serve(fakes[0]), serve(fakes[1]):
+        async with client(fakes[0].url, fakes[1].url) as student:
+            await student.expect("3")
+            fakes[0].version = "default"
+            answers = await asyncio.gather(*(student.generate(PAYLOAD) for _ in range(4)))
+            assert {answer["meta_info"]["weight_version"] for answer in answers} == {"3"}
+            refused = len(fakes[0].bodies())
+            assert refused > 0
+            while "/model_info" not in {path for path, _, _ in fakes[0].requests}:
+                await asyncio.sleep(0.1)  # it is ready, and asked for its weights
+            await student.generate(PAYLOAD)
+            assert len(fakes[0].bodies()) == refused
+            for fake in fakes:
+                fake.version = "4"
+            await student.expect("4")
+            await asyncio.gather(*(student.generate(PAYLOAD) for _ in range(4)))
+            assert len(fakes[0].bodies()) > refused
+
+
+async def test_a_lone_server_that_is_gone_is_lost_where_its_weights_were_expected(engine: FakeEngine) -> None:
+    async with client("http://127.0.0.1:9", patience=0.1) as student:
+        with pytest.raises(EngineUnreachableError):
+            await student.generate(PAYLOAD)
+        await student.expect("3")
+        with pytest.raises(EnginesLostError, match="cannot be reached"):
+            await student.generate(PAYLOAD)

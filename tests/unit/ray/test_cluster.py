@@ -32,6 +32,8 @@ class _Args:
     rollout_engine_urls: tuple[str, ...] = ()
     replays: bool = False
     engine: str = "transformers"
+    colocate: bool = False
+    weight_sync: str = "disk"
 
 
 class _Worker(Actor):

@@ -18,6 +18,8 @@ class _Args:
     rollout_engine_urls: tuple[str, ...] = ()
     replays: bool = False
     engine: str = "sglang"
+    colocate: bool = False
+    weight_sync: str = "disk"
 
     @property
     def num_train_ranks(self) -> int:
@@ -79,3 +81,26 @@ def test_a_replay_has_no_engine_and_leaves_all_gpus_to_training():
 def test_what_does_not_fit_is_refused_by_flag(args, num_gpus, names):
     with pytest.raises(ValueError, match=names):
         plan_resources(args, num_gpus)
+
+
+def test_colocated_engines_have_the_gpus_of_the_ranks():
+    args = _Args(
+        actor_num_gpus_per_node=4, rollout_num_gpus_per_engine=2, colocate=True, weight_sync="tensor"
+    )
+    plan = plan_resources(args, 4)
+    assert (plan.num_ranks, plan.gpus_per_rank) == (4, 1)
+    assert (plan.num_engines, plan.gpus_per_engine) == (2, 2)
+    assert plan.colocated
+    assert "taking turns" in plan.describe()
+    with pytest.raises(ValueError, match="sees 3 GPUs and 4 training ranks"):
+        plan_resources(args, 3)
+
+
+def test_what_a_cpu_or_gpus_apart_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="SGLang server on a CPU"):
+        plan_resources(_Args(colocate=True), 0)
+    assert plan_resources(_Args(colocate=True, engine="transformers"), 0).colocated
+    with pytest.raises(ValueError, match="without --colocate"):
+        plan_resources(_Args(weight_sync="tensor"), 2)
+    with pytest.raises(ValueError, match="--weight-sync distributed needs a GPU of its own"):
+        plan_resources(_Args(engine="transformers", weight_sync="distributed", rollout_num_gpus=1), 1)

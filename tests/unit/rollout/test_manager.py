@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from slime.engines.errors import ScoreMismatchError
+from slime.engines.errors import EnginesLostError, ScoreMismatchError
 from slime.rollout.failures import TooManyFailedError
 from slime.rollout.manager import RolloutManager
 from tests.fakes.engine_server import FakeEngine, log_prob, serve
@@ -143,15 +143,34 @@ def test_the_teacher_answers_at_its_own_server(
     assert student.requests == []
 
 
-def test_weights_are_swapped_between_pause_and_continue(manager: RolloutManager, student: FakeEngine) -> None:
-    manager.update_weights("/weights/5", "5")
-    assert [path for path, _, _ in student.requests] == [
-        "/pause_generation",
-        "/update_weights_from_disk",
-        "/flush_cache",
-        "/continue_generation",
-    ]
+def test_answers_of_other_weights_lose_the_rollout_and_not_its_prompts(
+    manager: RolloutManager, student: FakeEngine
+) -> None:
+    student.version = "5"
+    manager.expect_version("5")
+    position = manager.state_dict()
+    student.version = "default"
+    with pytest.raises(EnginesLostError):
+        manager.generate(0)
+    assert manager.state_dict() == position
+    student.version = "5"
     assert {version for sample in manager.generate(0).samples for version in sample.weight_versions} == {"5"}
+
+
+def test_a_probe_asks_every_engine_the_same_prompt_and_moves_nothing(
+    manager: RolloutManager, student: FakeEngine
+) -> None:
+    position = manager.state_dict()
+    first = manager.probe()
+    assert manager.state_dict() == position
+    manager.generate(0)
+    again = manager.probe()
+    assert first.urls == again.urls == (student.url,)
+    assert [sample.tokens.tolist() for sample in first.samples] == [
+        sample.tokens.tolist() for sample in again.samples
+    ]
+    assert first.samples[0].rollout_log_probs is not None
+    assert set(first.pictures) == set(first.samples[0].image_hashes) != set()
 
 
 def test_placeholders_are_banned(manager: RolloutManager, student: FakeEngine) -> None:

@@ -1,0 +1,141 @@
+"""The student's engines as the driver sees them: those of this run, and those that run elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime.engines.control import EngineControl, MemoryTag
+from slime.engines.process import is_ready
+from slime.ray.cluster import Cluster
+from slime.ray.engine_actor import EngineActor
+from slime.weight_sync.base import EngineMember
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
+
+READY_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedGpus:
+    """GPUs of training ranks that an engine shares, all of one node."""
+
+    gpus: tuple[int, ...]
+    host: str
+    scheduling: PlacementGroupSchedulingStrategy | None
+    """Where those ranks are."""
+
+
+class Engines(Protocol):
+    """What the loop asks of the engines."""
+
+    urls: list[str]
+
+    def members(self) -> list[EngineMember]:
+        """Return the engines once all of them answer."""
+        ...
+
+    def set_generating(self, generating: bool) -> None:
+        """Say whether requests may come."""
+        ...
+
+
+class EngineGroup:
+    """Engines of this run, one actor each. Starting returns at once; `members` waits."""
+
+    def __init__(self, cluster: Cluster, args: Args, shared: Sequence[SharedGpus] = ()) -> None:
+        """`shared` are the GPUs of each engine, where they are training ranks' too."""
+        self._cluster = cluster
+        homes = [(place.host, place.scheduling) for place in shared]
+        if not shared:
+            homes = [(cluster.host, None)] * cluster.resources.num_engines
+        self._actors: dict[str, Any] = {}
+        for number, (host, scheduling) in enumerate(homes):
+            name = f"engine_{number}"
+            gpus = 0.0 if shared else cluster.resources.gpus_per_engine
+            self._actors[name] = cluster.start_actor(
+                name, EngineActor, args, number, host, num_gpus=gpus, scheduling=scheduling
+            )
+        places: list[tuple[int, ...] | None] = [place.gpus for place in shared] or [None] * len(homes)
+        self.urls: list[str] = cluster.wait(
+            [actor.start.remote(gpus) for actor, gpus in zip(self._actors.values(), places, strict=True)]
+        )
+        for name, actor in self._actors.items():
+            cluster.stop_at_end(actor)
+            cluster.watch(name)
+
+    def members(self) -> list[EngineMember]:
+        """Return the engines once all of them answer, those too that are being started anew."""
+        return self._everywhere("wait_ready")
+
+    def set_generating(self, generating: bool) -> None:
+        """Say whether requests may come; engines whose memory is released refuse."""
+        self._everywhere("set_generating", generating)
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Let the idle engines give memory back."""
+        self._everywhere("release_memory", tuple(tags))
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Let the engines take memory again."""
+        self._everywhere("resume_memory", tuple(tags))
+
+    def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
+        calls: list[ray.ObjectRef] = [
+            getattr(actor, method).remote(*arguments) for actor in self._actors.values()
+        ]
+        return self._cluster.wait(calls)
+
+
+class ExternalEngines:
+    """Engines that run elsewhere: used, never started, watched or ended."""
+
+    def __init__(self, args: Args) -> None:
+        self.urls = list(args.rollout_engine_urls)
+        self._patience = args.engine_start_timeout
+
+    def members(self) -> list[EngineMember]:
+        """Return the engines once all of them answer.
+
+        Raises:
+            RuntimeError: one of them does not, within `--engine-start-timeout`.
+        """
+        give_up = time.monotonic() + self._patience
+        for url in self.urls:
+            while not is_ready(url):
+                if time.monotonic() > give_up:
+                    raise RuntimeError(
+                        f"the engine at {url} (--rollout-engine-urls) was not ready within "
+                        f"{self._patience:g} s (--engine-start-timeout). Start it, or correct the address."
+                    )
+                time.sleep(READY_POLL_SECONDS)
+        sizes = [int(info.get("tp_size", 1)) for info in asyncio.run(self._server_info())]
+        return [EngineMember(url=url, num_gpus=size) for url, size in zip(self.urls, sizes, strict=True)]
+
+    def set_generating(self, generating: bool) -> None:
+        """Do nothing: whoever started them looks after their health."""
+
+    async def _server_info(self) -> list[dict[str, Any]]:
+        async with EngineControl(self.urls, role="student engine") as control:
+            return await control.server_info()
+
+
+class NoEngines:
+    """A replay generates nothing."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+
+    def members(self) -> list[EngineMember]:
+        """Return none."""
+        return []
+
+    def set_generating(self, generating: bool) -> None:
+        """Do nothing."""

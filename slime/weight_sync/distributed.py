@@ -1,0 +1,168 @@
+"""Weights to engines anywhere by broadcast: NCCL between GPUs, gloo between CPUs.
+
+Training rank 0 and every rank of every engine form a process group. It is made anew when an engine's server
+was, because a new process is in no group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    _new_process_group_helper,  # pyright: ignore[reportPrivateUsage]
+    _world,  # pyright: ignore[reportPrivateUsage]
+)
+from torch.distributed.rendezvous import rendezvous
+
+from slime.engines.control import EngineControl
+from slime.engines.errors import EngineError
+from slime.weight_sync.base import EngineMember, Parameters
+from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
+
+GROUP_PREFIX = "slime-weights-"
+GROUP_TIMEOUT = timedelta(minutes=10)
+
+T = TypeVar("T")
+
+
+class DistributedSender:
+    """Implements `WeightSender` by broadcasts from training rank 0."""
+
+    needs_session = True
+
+    def __init__(self, *, leads: bool, device: torch.device, bucket_bytes: int, address: str) -> None:
+        """`address` is this machine's, as the engines reach it."""
+        self._leads = leads
+        self._device = device
+        self._bucket_bytes = bucket_bytes
+        self._address = address
+        self._members: tuple[EngineMember, ...] = ()
+        self._group: ProcessGroup | None = None
+        self._groups = 0
+
+    async def send(
+        self, parameters: Parameters, engines: Sequence[EngineMember], control: EngineControl, version: str
+    ) -> int:
+        """Broadcast bucket after bucket; every engine copies it into its model."""
+        if not self._leads:
+            for _ in parameters:
+                pass
+            return 0
+        if tuple(engines) != self._members:
+            await self._meet(engines, control)
+        total = 0
+        for bucket in fill_buckets(parameters, self._bucket_bytes, device_memory(self._device)):
+            total += bucket.flat.numel()
+            await asyncio.gather(
+                control.update_weights_from_distributed(
+                    names=[name for name, _ in bucket.named_tensors],
+                    dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.named_tensors],
+                    shapes=[tuple(tensor.shape) for _, tensor in bucket.named_tensors],
+                    group=self._name,
+                    version=version if bucket.last else None,
+                ),
+                beside(self._broadcast, bucket),
+            )
+        return total
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    @property
+    def _name(self) -> str:
+        return f"{GROUP_PREFIX}{self._groups}"
+
+    async def _meet(self, engines: Sequence[EngineMember], control: EngineControl) -> None:
+        """Leave the group that there is, and form one with the engines as they are now."""
+        if self._group is not None:
+            with suppress(EngineError):  # a new server does not know it
+                await control.destroy_weights_update_group(self._name)
+            self.close()
+        self._groups += 1
+        offsets = [1 + sum(engine.num_gpus for engine in engines[:number]) for number in range(len(engines))]
+        world_size = 1 + sum(engine.num_gpus for engine in engines)
+        port = _free_port(self._address)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        _, self._group = await asyncio.gather(
+            control.init_weights_update_group(
+                address=self._address,
+                port=port,
+                offsets=offsets,
+                world_size=world_size,
+                name=self._name,
+                backend=backend,
+            ),
+            beside(join_as_first, self._address, port, world_size, self._name, backend),
+        )
+        self._members = tuple(engines)
+
+    def _broadcast(self, bucket: Bucket) -> None:
+        dist.broadcast(bucket.flat, src=0, group=self._group)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def join_as_first(address: str, port: int, world_size: int, name: str, backend: str) -> ProcessGroup:
+    """Open a process group beside the default one, as SGLang's servers join it, and be its rank 0.
+
+    torch has no public way to form a group with processes of another world; SGLang uses these same functions.
+    """
+    store, _, _ = next(rendezvous(f"tcp://{address}:{port}", 0, world_size, timeout=GROUP_TIMEOUT))
+    store.set_timeout(GROUP_TIMEOUT)
+    group, _ = _new_process_group_helper(
+        world_size,
+        0,
+        [],
+        Backend(backend),
+        PrefixStore(name, store),
+        group_name=name,  # pyright: ignore[reportArgumentType]
+        timeout=GROUP_TIMEOUT,
+    )
+    assert isinstance(group, ProcessGroup)
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+async def beside(function: Callable[..., T], *arguments: Any) -> T:
+    """Run `function` in a thread that nobody waits for when this is given up.
+
+    A broadcast ends when all have come, or by its time limit; an engine that refuses to come must not keep
+    the message of its refusal back for so long.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = function(*arguments)
+        except Exception as error:  # noqa: BLE001 (whatever it is, whoever waits gets it)
+            settle(done.set_exception, error)
+        else:
+            settle(done.set_result, result)
+
+    def settle(how: Callable[[Any], None], what: Any) -> None:
+        with suppress(RuntimeError):  # the loop has gone
+            loop.call_soon_threadsafe(lambda: None if done.done() else how(what))
+
+    threading.Thread(target=work, name="weight-update-group", daemon=True).start()
+    return await done
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

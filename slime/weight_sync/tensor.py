@@ -1,0 +1,93 @@
+"""Weights to engines on the same machine through memory that both see: handing it over copies nothing.
+
+On a CPU that is shared memory, filled by training rank 0. On GPUs, which training ranks and engines share,
+each rank fills a bucket on its own GPU, and the engine's rank on that GPU opens it by its CUDA-IPC handle.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+from slime.engines.control import EngineControl
+from slime.weight_sync.base import EngineMember, Parameters
+from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
+
+SHARED_BY_NAME = "file_system"
+"""How a server that is no child of ours finds our memory. By torch's default it would ask us for an open
+file, which only relatives may: a real SGLang server dies of it."""
+
+
+class TensorSender:
+    """Implements `WeightSender` through shared memory or CUDA-IPC."""
+
+    needs_session = True
+
+    def __init__(self, *, leads: bool, device: torch.device, bucket_bytes: int) -> None:
+        """`leads` is true on training rank 0 alone, which speaks to the engines."""
+        self._leads = leads
+        self._device = device
+        self._bucket_bytes = bucket_bytes
+        torch.multiprocessing.set_sharing_strategy(SHARED_BY_NAME)
+
+    async def send(
+        self, parameters: Parameters, engines: Sequence[EngineMember], control: EngineControl, version: str
+    ) -> int:
+        """Fill bucket after bucket and let every engine copy it into its model."""
+        if self._device.type == "cpu" and not self._leads:
+            for _ in parameters:
+                pass
+            return 0
+        total = 0
+        for bucket in fill_buckets(parameters, self._bucket_bytes, self._memory()):
+            total += bucket.flat.numel()
+            payloads = self._payloads(bucket, engines)
+            if self._leads:
+                await control.update_weights_from_tensor(payloads, version if bucket.last else None)
+            self._wait_for_all()
+        return total
+
+    def close(self) -> None:
+        """Do nothing: a bucket lives no longer than its update."""
+
+    def _memory(self) -> Callable[[int], Tensor]:
+        return shared_memory if self._device.type == "cpu" else device_memory(self._device)
+
+    def _payloads(self, bucket: Bucket, engines: Sequence[EngineMember]) -> list[list[str]]:
+        """Return for each engine what each of its ranks is told: where its bucket is."""
+        own = serialized(bucket.named_tensors)
+        if self._device.type == "cpu":
+            return [[own] * engine.num_gpus for engine in engines]
+        # The engines' GPUs are the training ranks', in the same order.
+        everyone: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        payloads, first = [], 0
+        for engine in engines:
+            payloads.append(everyone[first : first + engine.num_gpus])
+            first += engine.num_gpus
+        return payloads
+
+    def _wait_for_all(self) -> None:
+        """Keep every rank's bucket as it is until all engines have copied theirs."""
+        if self._device.type != "cpu":
+            dist.barrier()
+
+
+def shared_memory(size: int) -> Tensor:
+    """Return `size` bytes, uint8, that other processes can open; what is not written to costs nothing."""
+    storage = torch.UntypedStorage._new_shared(size)  # pyright: ignore[reportPrivateUsage]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def serialized(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """Return the list of (name, tensor) as SGLang takes it: pickled handles of memory, in base64."""
+    buffer = io.BytesIO()
+    ForkingPickler(buffer, -1).dump(list(named_tensors))
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
