@@ -1,21 +1,18 @@
 """The transformers engine beside the trainer on one device: what it samples, and turns at the memory.
 
-The turn is that of `--colocate`: pause, release, train, resume, update, flush, continue.
+The turn is the one that a run with `--colocate` takes, by the same `Turns` and the same weight sync.
 """
 
 from __future__ import annotations
 
 import asyncio
-import http.client
-import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -25,23 +22,29 @@ from scripts.checks.gpu.result import Row, at_least, failed, skipped, within
 from scripts.checks.gpu.room import GIB, lacking, random_checkpoint
 from scripts.checks.gpu.setting import Setting, backend_on, gpu_id
 from slime.arguments import Args
+from slime.backends.fsdp.backend import FsdpBackend
 from slime.engines.client import EngineClient
+from slime.engines.control import EngineControl, MemoryTag
+from slime.engines.errors import EngineError
 from slime.engines.model_facts import model_facts
 from slime.engines.process import ServerProcess, free_port, transformers_command
 from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE
+from slime.ray.turns import Turns
 from slime.rollout.generate import Sampler, generate_all
 from slime.rollout.rollout import rollout_params
 from slime.tiny.paths import checkpoint_path, ensure_dataset
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
-from slime.weight_sync.disk import write_weights
+from slime.weight_sync.base import EngineMember
+from slime.weight_sync.sync import WeightSync
+from slime.weight_sync.tensor import TensorSender
 
 CHECK = "engine"
-MOVED = ("kv_cache", "weights")
 READY_SECONDS = 150.0
-FREED_SHARE = 0.8
-"""Of the weights' bytes: what a release must give back at least."""
+MOVED_SHARE = 0.8
+"""Of the bytes of weights, or of the optimizer's state: what must leave the device at least, or come back."""
+BUCKET_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Case:
     lr: float
     """Of the one step, which must move log-probs by more than both sides are apart."""
     weight_bytes: int = 0
-    """What the engine must give back; 0: too little to see among what else moves."""
+    """Of the engine, two a weight; 0: too little to see among what else moves."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -91,7 +94,8 @@ def run(setting: Setting) -> Iterator[Row]:
 @contextmanager
 def serving(setting: Setting, case: Case) -> Iterator[ServerProcess]:
     """Run the engine on the device until the block ends."""
-    port, key = free_port(), secrets.token_hex(16)
+    port = free_port()
+    key = os.environ.setdefault(ADMIN_KEY_VARIABLE, secrets.token_hex(16))  # the weight sync reads it there
     command, env = transformers_command(
         str(case.checkpoint),
         port,
@@ -100,7 +104,7 @@ def serving(setting: Setting, case: Case) -> Iterator[ServerProcess]:
         dtype=case.dtype,
         threads=1,
         extra_args=(),
-        env=dict(os.environ) | {ADMIN_KEY_VARIABLE: key},
+        env=os.environ,
     )
     if setting.on_gpu:
         env["CUDA_VISIBLE_DEVICES"] = gpu_id()
@@ -113,35 +117,92 @@ def serving(setting: Setting, case: Case) -> Iterator[ServerProcess]:
 
 
 def _turn(setting: Setting, case: Case) -> Iterator[Row]:
-    """Sample, compare; release, train, resume; update, sample, compare."""
+    """Sample and compare; train, sync; sample and compare again."""
     data = ensure_dataset(setting.scratch / "data")["test"]
     args = job_args(case.checkpoint, data, "--train-dtype", case.dtype, "--lr", f"{case.lr:g}")
     masked = masked_ids(case.checkpoint)
-    with (
-        serving(setting, case) as server,
-        backend_on(setting.device, args, masked) as backend,
-    ):
+    with serving(setting, case) as server, backend_on(setting.device, args, masked) as backend:
         first = _sample(server, args, masked, seed="before")
         before = log_probs_of(backend, case.checkpoint, first)
         yield from _agreement(case, "engine against trainer", first, before)
-        release, released = _release(setting, case, server)
-        yield from release
+        engines, trainers = Engines(setting, server), Trainers(setting, backend)
+        trainers.offload()
+        turns = Turns(engines, trainers)
+        try:
+            turns.to_training()
+        except EngineError as error:
+            yield skipped(CHECK, f"{case.name}: a turn of colocation", str(error))
+            return
         Trainer(args, backend, load_processor(case.checkpoint), masked).train(0, _shard(args, first))
-        folder = setting.scratch / f"update-{case.dtype}"
-        write_weights(backend.hf_named_parameters(), folder, checkpoint=case.checkpoint, writes=True)
+        turns.to_sync()
+        sender = TensorSender(leads=True, device=setting.device, bucket_bytes=BUCKET_BYTES)
+        sync = WeightSync(sender, case.checkpoint, leads=True, timeout=120)
+        sync.publish(backend.hf_named_parameters(), [EngineMember(url=server.url)], "1")
         after = log_probs_of(backend, case.checkpoint, first)
         change = torch.cat(after).sub(torch.cat(before)).abs().mean().item()
         what = f"{case.name}: the step moved log-probs, mean in nats"
         yield at_least(CHECK, what, change, 2 * case.mean)
-        if released:
-            yield from _resume(setting, case, server)
-        asyncio.run(_update(server, folder))
+        turns.to_generation()
         second = _sample(server, args, masked, seed="after")
         versions = {version for sample in second.samples for version in sample.weight_versions}
         if versions != {"1"}:
-            yield failed(CHECK, f"{case.name}: version after the update", f"{sorted(versions)}, not 1")
+            yield failed(CHECK, f"{case.name}: version after the sync", f"{sorted(versions)}, not 1")
+        trainers.onload()
         again = log_probs_of(backend, case.checkpoint, second)
-        yield from _agreement(case, "again after the update", second, again)
+        yield from _agreement(case, "again after a turn of colocation", second, again)
+    yield from _memory_rows(setting, case, engines.moved | trainers.moved)
+
+
+@dataclass
+class Engines:
+    """The engine's memory verbs, as `Turns` calls them; `moved` says what each gave back first, in bytes."""
+
+    setting: Setting
+    server: ServerProcess
+    moved: dict[str, int] = field(default_factory=dict)
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Let the engine give memory back."""
+        note_moved(self, "engine's release", lambda: self._say("release_memory", tags))
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Let the engine take memory again."""
+        note_moved(self, f"engine's resume of {' and '.join(tags)}", lambda: self._say("resume_memory", tags))
+
+    def _say(self, verb: str, tags: Sequence[MemoryTag]) -> None:
+        async def say() -> None:
+            async with EngineControl([self.server.url], timeout=120.0) as control:
+                await (control.release_memory if verb == "release_memory" else control.resume_memory)(tags)
+
+        asyncio.run(say())
+
+
+@dataclass
+class Trainers:
+    """The backend's memory verbs, likewise."""
+
+    setting: Setting
+    backend: FsdpBackend
+    moved: dict[str, int] = field(default_factory=dict)
+
+    def onload(self) -> None:
+        """Bring all that was put away back."""
+        note_moved(self, "trainer's model back", self.backend.onload)
+
+    def offload_optimizer(self) -> None:
+        """Put the optimizer's state into the host's memory."""
+        note_moved(self, "trainer's optimizer put away", self.backend.offload_optimizer)
+
+    def offload(self) -> None:
+        """Put model and optimizer into the host's memory."""
+        note_moved(self, "trainer's model put away", self.backend.offload)
+
+
+def note_moved(side: Engines | Trainers, name: str, verb: Callable[[], None]) -> None:
+    """Call a verb and note by how much the device's free memory grew, the first time."""
+    before = _free_bytes(side.setting)
+    verb()
+    side.moved.setdefault(name, _free_bytes(side.setting) - before)
 
 
 def _sample(server: ServerProcess, args: Args, masked: tuple[int, ...], *, seed: str) -> ScoredBatch:
@@ -168,14 +229,7 @@ def _sample(server: ServerProcess, args: Args, masked: tuple[int, ...], *, seed:
 
 
 def _client(server: ServerProcess) -> EngineClient:
-    return EngineClient([server.url], role="student engine", admin_key=server.admin_key, timeout=120.0)
-
-
-async def _update(server: ServerProcess, folder: Path) -> None:
-    async with _client(server) as client:
-        await client.update_weights_from_disk(str(folder), "1")
-        await client.flush_cache()
-        await client.continue_()
+    return EngineClient([server.url], role="student engine", timeout=120.0)
 
 
 def _agreement(case: Case, what: str, batch: ScoredBatch, trainers: list[torch.Tensor]) -> list[Row]:
@@ -199,39 +253,26 @@ def _shard(args: Args, batch: ScoredBatch) -> Any:
     return shard
 
 
-def _release(setting: Setting, case: Case, server: ServerProcess) -> tuple[list[Row], bool]:
-    """Pause and release; return what was seen, and whether there is something to resume."""
-    what = f"{case.name}: GiB given back by the release"
-
-    async def pause() -> None:
-        async with _client(server) as client:
-            await client.pause("retract")
-            await client.flush_cache()
-
-    asyncio.run(pause())
-    free = _free_bytes(setting)
-    status, answer = _post(server, "/release_memory_occupation", {"tags": list(MOVED)})
-    if status != http.HTTPStatus.OK:
-        return [skipped(CHECK, what, f"the engine answered {status}: {answer[:200]}")], False
-    return _memory_rows(setting, case, what, _free_bytes(setting) - free), True
-
-
-def _resume(setting: Setting, case: Case, server: ServerProcess) -> list[Row]:
-    """Resume what was released, and see the memory taken again."""
-    what = f"{case.name}: GiB taken again by the resume"
-    free = _free_bytes(setting)
-    status, answer = _post(server, "/resume_memory_occupation", {"tags": list(MOVED)})
-    if status != http.HTTPStatus.OK:
-        return [failed(CHECK, what, f"the engine answered {status}: {answer[:200]}")]
-    return _memory_rows(setting, case, what, free - _free_bytes(setting))
-
-
-def _memory_rows(setting: Setting, case: Case, what: str, moved: int) -> list[Row]:
+def _memory_rows(setting: Setting, case: Case, moved: dict[str, int]) -> Iterator[Row]:
+    """Hold what each verb moved against what it is about."""
     if case.weight_bytes == 0:
-        return []
-    if not setting.on_gpu:
-        return [skipped(CHECK, what, "the device has no memory of its own")]
-    return [at_least(CHECK, what, moved / GIB, FREED_SHARE * case.weight_bytes / GIB, "{:.1f}")]
+        return
+    weights = case.weight_bytes
+    expected = {
+        "engine's release": weights,
+        "engine's resume of weights": -weights,
+        "trainer's model put away": 2 * weights,
+        "trainer's model back": -2 * weights,
+        "trainer's optimizer put away": 4 * weights,
+    }
+    for name, size in expected.items():
+        way = "given back" if size > 0 else "taken"
+        what = f"{case.name}: {name}, GiB {way}"
+        if not setting.on_gpu:
+            yield skipped(CHECK, what, "the device has no memory of its own")
+            continue
+        seen = moved[name] if size > 0 else -moved[name]
+        yield at_least(CHECK, what, seen / GIB, MOVED_SHARE * abs(size) / GIB, "{:.1f}")
 
 
 def _free_bytes(setting: Setting) -> int:
@@ -241,16 +282,3 @@ def _free_bytes(setting: Setting) -> int:
     torch.cuda.synchronize(setting.device)
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(setting.device)[0]
-
-
-def _post(server: ServerProcess, path: str, body: dict[str, Any]) -> tuple[int, str]:
-    """Post to a control endpoint that the client has no verb for; return status and body."""
-    parts = urlsplit(server.url)
-    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=60)
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.admin_key}"}
-    try:
-        connection.request("POST", path, json.dumps(body), headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode(errors="replace")
-    finally:
-        connection.close()
