@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from scripts.benchmarks.training.measuring import measured, measured_on_gpu
 from scripts.benchmarks.training.ours import OurTrainer
@@ -41,6 +42,9 @@ def main() -> int:
             answer(measured_on_gpu(trainer.step, device) if on_gpu else measured(trainer.step))
     except torch.OutOfMemoryError as error:
         answer({"out_of_memory": str(error).split(". ")[0]})
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

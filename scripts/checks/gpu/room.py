@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from scripts.benchmarks.training.published import checkpoint_bytes
@@ -19,6 +20,10 @@ BYTES_A_WEIGHT = 16
 """While it is trained: weight, gradient and both moments, float32."""
 STEP_BYTES = 5 * GIB
 """What a step needs besides, at least: gathered layers, activations, a chunk of logits."""
+LOADED_COPIES = 4
+"""In the host's memory, in checkpoints: the plain way loads float32, and holds a file's content beside it."""
+PARKED_COPIES = 12
+"""Likewise of float32 weights and moments, whose pinned memory torch rounds up to powers of two."""
 
 
 def random_checkpoint(setting: Setting, size: str) -> Path:
@@ -53,6 +58,13 @@ def lacking(setting: Setting, size: str, *, copies: int = 1, served: bool = Fals
         return (
             f"too little disk: {needed_disk / GIB:.1f} GiB are needed, {free_disk / GIB:.1f} are free in "
             f"{setting.scratch}; --scratch names another folder"
+        )
+    needed_host = (PARKED_COPIES if served else LOADED_COPIES) * on_disk
+    free_host = psutil.virtual_memory().available
+    if free_host < needed_host:
+        return (
+            f"too little memory of the host: {needed_host / GIB:.0f} GiB are needed, "
+            f"{free_host / GIB:.0f} are free"
         )
     if not setting.on_gpu or size == "tiny":
         return ""

@@ -121,12 +121,18 @@ def test_the_step_is_as_large_as_the_docs_say():
 
 
 def test_a_small_disk_or_gpu_is_a_reason_to_skip(setting, monkeypatch):
-    assert room.lacking(setting, "2B") == "" or shutil.disk_usage(setting.scratch).free < 2**33
+    assert room.lacking(setting, "tiny", served=True) == ""
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     assert room.lacking(setting, "2B").startswith("too little disk: 4.4 GiB are needed, 1.0 are free in ")
     [row] = throughput._measure(setting, "2B")
     assert row.status == "skipped"
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    host = SimpleNamespace(available=30 * 2**30)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: host)
+    assert room.lacking(setting, "2B", served=True) == (
+        "too little memory of the host: 48 GiB are needed, 30 are free"
+    )
+    host.available = 2**38
     monkeypatch.setattr(room.torch.cuda, "mem_get_info", lambda _: (40 * 2**30, 48 * 2**30))
     on_gpu = Setting(device=torch.device("cuda", 0), tiny=False, scratch=setting.scratch)
     assert room.lacking(on_gpu, "2B") == ""
@@ -228,6 +234,8 @@ def test_all_checks_run_on_the_cpu_and_only_a_gpus_matters_are_left_out(tmp_path
     }
     left_out = [row[1] for row in rows if "**skipped**" in row[-1]]
     assert left_out[0] == "torch's flash attention ran"
-    assert all(" by the re" in what for what in left_out[1:]), "GiB given back, taken again"
-    agreed = [row for row in rows if row[0] == "engine" and " gap of " in row[1]]
+    assert all(", GiB " in what for what in left_out[1:]), left_out
+    assert len(left_out) == 6
+    agreed = [row[1] for row in rows if row[0] == "engine" and " gap of " in row[1]]
     assert len(agreed) == 8
+    assert sum("after a turn of colocation" in what for what in agreed) == 4
