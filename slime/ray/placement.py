@@ -214,8 +214,8 @@ def _on_cpu(
             )
     if colocate and engine == "sglang":
         raise PlacementError(
-            "SLIME_SCRIPT_COLOCATE is 1 and SLIME_SCRIPT_ENGINE is sglang: without a GPU an SGLang server dies "
-            "when it is asked to release memory. Unset either."
+            "SLIME_SCRIPT_COLOCATE is 1 and SLIME_SCRIPT_ENGINE is sglang: without a GPU an SGLang server "
+            "dies when it is asked to release memory. Unset either."
         )
     return Placement(
         num_gpus=0,

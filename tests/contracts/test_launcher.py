@@ -29,7 +29,7 @@ def listed(first: int, last: int) -> str:
 
 @pytest.mark.parametrize(
     ("gpus", "teacher", "tp", "student", "actors", "rollout"),
-    [(16, (0, 7), 8, (8, 15), 4, 4), (8, (0, 3), 4, (4, 7), 2, 2)],
+    [(16, (0, 7), 8, (8, 15), 8, 8), (8, (0, 3), 4, (4, 7), 4, 4)],
 )
 def test_the_gpus_are_split_between_teacher_and_student(
     tmp_path: Path,
@@ -48,6 +48,13 @@ def test_the_gpus_are_split_between_teacher_and_student(
     assert launched.variables(TRAIN)["CUDA_VISIBLE_DEVICES"] == listed(*student)
     assert (args.actor_num_gpus_per_node, args.rollout_num_gpus) == (actors, rollout)
     assert (args.engine, args.precision, args.train_backend) == ("sglang", "bfloat16", "fsdp")
+    assert (args.colocate, args.weight_sync) == (True, "tensor")
+
+
+def test_gpus_can_be_kept_apart(tmp_path: Path) -> None:
+    args = training(Machine(tmp_path, 8).dry_run(COLOCATE="0"))
+    assert (args.actor_num_gpus_per_node, args.rollout_num_gpus) == (2, 2)
+    assert (args.colocate, args.weight_sync) == (False, "distributed")
 
 
 def test_the_published_models_and_data_are_downloaded_where_they_are_missing(tmp_path: Path) -> None:
@@ -100,7 +107,8 @@ def test_two_gpus_give_the_student_one_for_training_and_generation(tmp_path: Pat
     args = training(launched)
     assert launched.variables(SGLANG)["CUDA_VISIBLE_DEVICES"] == "0"
     assert launched.variables(TRAIN)["CUDA_VISIBLE_DEVICES"] == "1"
-    assert (args.engine, args.actor_num_gpus_per_node, args.rollout_num_gpus) == ("transformers", 1, 1)
+    assert (args.engine, args.actor_num_gpus_per_node, args.rollout_num_gpus) == ("sglang", 1, 1)
+    assert args.colocate
 
 
 def test_one_gpu_is_shared_by_small_models_and_this_is_said(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def downloads(launched: Launched) -> list[str]:
 
 @pytest.mark.parametrize(
     ("gpus", "visible", "actors", "rollout", "engine"),
-    [(8, "0,1,2,3,4,5,6,7", 4, 4, "sglang"), (2, "0,1", 1, 1, "sglang"), (1, "0", 1, 1, "transformers")],
+    [(8, "0,1,2,3,4,5,6,7", 8, 8, "sglang"), (2, "0,1", 2, 2, "sglang"), (1, "0", 1, 1, "sglang")],
 )
 def test_without_a_teacher_all_gpus_are_the_students(
     tmp_path: Path, gpus: int, visible: str, actors: int, rollout: int, engine: str

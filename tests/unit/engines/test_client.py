@@ -324,6 +324,12 @@ async def test_answers_of_other_weights_than_expected_are_not_taken(engine: Fake
     assert len(engine.bodies()) == 2
 
 
+async def asked_for(fake: FakeEngine, path: str) -> None:
+    """Return once a path was asked for."""
+    while path not in {seen for seen, _, _ in fake.requests}:  # noqa: ASYNC110 (the fake sets no event)
+        await asyncio.sleep(0.1)
+
+
 async def test_a_server_that_was_started_anew_is_left_out_until_it_has_the_weights() -> None:
     fakes = [FakeEngine(image_token_id=90, vocab_size=100, version="3") for _ in range(2)]
     with serve(fakes[0]), serve(fakes[1]):
@@ -334,8 +340,7 @@ async def test_a_server_that_was_started_anew_is_left_out_until_it_has_the_weigh
             assert {answer["meta_info"]["weight_version"] for answer in answers} == {"3"}
             refused = len(fakes[0].bodies())
             assert refused > 0
-            while "/model_info" not in {path for path, _, _ in fakes[0].requests}:
-                await asyncio.sleep(0.1)  # it is ready, and asked for its weights
+            await asked_for(fakes[0], "/model_info")  # it is ready, and asked for its weights
             await student.generate(PAYLOAD)
             assert len(fakes[0].bodies()) == refused
             for fake in fakes:

@@ -16,7 +16,7 @@ ENGINE: dict[MemoryTag, int] = {"weights": 3, "kv_cache": 5, "cuda_graph": 1}
 MODEL, OPTIMIZER = 3, 6
 
 
-class EngineDiedError(Exception):
+class EngineDiedError(BaseException):
     """The server's process has ended."""
 
 
@@ -110,8 +110,7 @@ def test_every_other_order_is_refused_before_an_engine_dies(gpu: Gpu) -> None:
             before = (turns.turn, set(here.engine), set(here.trainer))
             try:
                 steps[step](turns)
-            except RuntimeError as error:
-                assert not isinstance(error, EngineDiedError)
+            except RuntimeError:
                 refused += 1
                 assert (turns.turn, here.engine, here.trainer) == before
                 continue
