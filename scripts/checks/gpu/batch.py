@@ -1,14 +1,17 @@
 """One scored batch of the main job without a GPU, made without servers.
 
-Prompts and pictures come from the generated test split through the run's own prompt source; the responses are
-the set's solutions, with a wrong digit here and there; the shipped teacher scores them on the CPU.
+Prompts and pictures are generated as the job's are, and come through its prompt source; the responses are the
+solutions, every second one with wrong numbers; the shipped teacher scores them on the CPU.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -21,7 +24,8 @@ from slime.data.picture_store import PictureStore
 from slime.data.source import PromptSource
 from slime.data.vocabulary import never_sampled
 from slime.engines.model_facts import model_facts
-from slime.tiny.paths import checkpoint_path, ensure_dataset
+from slime.tiny.geometry import GEOMETRY
+from slime.tiny.paths import checkpoint_path
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample, SampleStatus
 
@@ -66,12 +70,20 @@ def masked_ids(checkpoint: Path | str) -> tuple[int, ...]:
     return never_sampled(load_processor(checkpoint).tokenizer, facts.vocab_size)
 
 
+def write_prompts(scratch: Path) -> Path:
+    """Write the prompts' rows, the same at every call."""
+    problems = list(islice(GEOMETRY.stream(random.Random(0), set()), PROMPTS))
+    path = scratch / "prompts.parquet"
+    pq.write_table(pa.table(GEOMETRY.columns(problems), schema=GEOMETRY.schema), path)
+    return path
+
+
 def scored_batch(scratch: Path) -> ScoredBatch:
-    """Make the batch; its data set is written below `scratch`."""
-    data = ensure_dataset(scratch / "data")["test"]
+    """Make the batch; its prompts are written below `scratch`."""
+    data = write_prompts(scratch)
     student, teacher = checkpoint_path("student"), checkpoint_path("teacher")
     batch = prompts_of(job_args(student, data))
-    solutions = pq.read_table(data, columns=["solution"]).slice(0, PROMPTS)["solution"].to_pylist()
+    solutions = pq.read_table(data)["solution"].to_pylist()
     for number, sample in enumerate(batch.samples):
         solution, right = solutions[number // SAMPLES_PER_PROMPT], number % SAMPLES_PER_PROMPT == 0
         _answer(sample, solution if right else solution.translate(WRONG), student, right=right)

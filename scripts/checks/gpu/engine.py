@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from scripts.benchmarks.training.published import checkpoint_bytes
-from scripts.checks.gpu.batch import ScoredBatch, job_args, log_probs_of, masked_ids, prompts_of
+from scripts.checks.gpu.batch import (
+    ScoredBatch,
+    job_args,
+    log_probs_of,
+    masked_ids,
+    prompts_of,
+    write_prompts,
+)
 from scripts.checks.gpu.result import Row, at_least, failed, skipped, within
 from scripts.checks.gpu.room import GIB, lacking, random_checkpoint
 from scripts.checks.gpu.setting import Setting, backend_on, gpu_id
@@ -32,7 +39,7 @@ from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE
 from slime.ray.turns import Turns
 from slime.rollout.generate import Sampler, generate_all
 from slime.rollout.rollout import rollout_params
-from slime.tiny.paths import checkpoint_path, ensure_dataset
+from slime.tiny.paths import checkpoint_path
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
@@ -118,7 +125,7 @@ def serving(setting: Setting, case: Case) -> Iterator[ServerProcess]:
 
 def _turn(setting: Setting, case: Case) -> Iterator[Row]:
     """Sample and compare; train, sync; sample and compare again."""
-    data = ensure_dataset(setting.scratch / "data")["test"]
+    data = write_prompts(setting.scratch)
     args = job_args(case.checkpoint, data, "--train-dtype", case.dtype, "--lr", f"{case.lr:g}")
     masked = masked_ids(case.checkpoint)
     with serving(setting, case) as server, backend_on(setting.device, args, masked) as backend:

@@ -9,12 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scripts.checks.gpu.batch import LINEAR_STEP, ScoredBatch, job_args, masked_ids, scored_batch
+from scripts.checks.gpu.batch import (
+    LINEAR_STEP,
+    ScoredBatch,
+    job_args,
+    masked_ids,
+    scored_batch,
+    write_prompts,
+)
 from scripts.checks.gpu.result import Row, relative_gap, within
 from scripts.checks.gpu.setting import CPU, Setting, backend_on
 from slime.backends.fsdp.backend import FsdpBackend
 from slime.backends.fsdp.export import hf_named_parameters
-from slime.tiny.paths import checkpoint_path, ensure_dataset
+from slime.tiny.paths import checkpoint_path
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 
@@ -36,7 +43,7 @@ class Step:
 def run(setting: Setting) -> Iterator[Row]:
     """Take the same step on the CPU in float32, and on the device in float32 and bfloat16."""
     batch = scored_batch(setting.scratch)
-    data = ensure_dataset(setting.scratch / "data")["test"]
+    data = write_prompts(setting.scratch)
     expected = _step(CPU, "float32", batch, data)
     for dtype, limits in (("float32", EXACT), ("bfloat16", LOOSE)):
         found = _step(setting.device, dtype, batch, data)
