@@ -13,55 +13,19 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from scripts.benchmarks.training.processes import worker
 from scripts.benchmarks.training.report import Record, ratios, sizes, table
-from scripts.benchmarks.training.workload import Shape, save_model
-from slime.engines.process import PROJECT_ROOT
+from scripts.benchmarks.training.workload import Machine, Shape, save_model
 
 TOLERANCE = 1e-3
 DEFAULT = Shape()
-
-
-class Worker:
-    """A way in a process of its own, which takes one optimizer step a turn."""
-
-    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
-        self._process = process
-        self._name = name
-
-    def turn(self) -> Record:
-        """Take a step.
-
-        Raises:
-            RuntimeError: the way failed; its own words are on stderr.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the {self._name} way ended in the middle of a step; see above.")
-        return json.loads(line)
-
-
-@contextmanager
-def worker(name: str, model: Path, shape: Shape, threads: int) -> Iterator[Worker]:
-    """Run one way until the block ends."""
-    command = [sys.executable, "-m", "scripts.benchmarks.training.worker", name]
-    command += ["--model", str(model), "--shape", json.dumps(asdict(shape)), "--threads", str(threads)]
-    env = dict(os.environ) | {"PYTHONPATH": str(PROJECT_ROOT)}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
-    ) as process:
-        yield Worker(process, name)
 
 
 def ways(shape: Shape) -> tuple[str, str]:
@@ -80,7 +44,9 @@ def compare(model: Path, shape: Shape, rounds: int, threads: int) -> dict[str, l
     names = ways(shape)
     records: dict[str, list[Record]] = {name: [] for name in names}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(name, model, shape, threads)) for name in names}
+        workers = {
+            name: stack.enter_context(worker(name, model, shape, Machine(), threads)) for name in names
+        }
         require_same_step({name: workers[name].turn() for name in names})
         for number in range(rounds):
             for name in names if number % 2 else reversed(names):

@@ -86,6 +86,8 @@ class EngineActor(Actor):
 
         while True:
             current = self._incarnation()
+            if current.released and current.server.alive:
+                break  # it answers nobody, and is there
             try:
                 current.server.wait_ready(self._args.engine_start_timeout)
             except RuntimeError:
@@ -95,9 +97,10 @@ class EngineActor(Actor):
                 time.sleep(WATCH_SECONDS)  # `watch` starts the next one, or gives up
                 continue
             current.ready = True
-            return EngineMember(
-                url=current.server.url, num_gpus=len(self._gpus or [0]), incarnation=current.number
-            )
+            break
+        return EngineMember(
+            url=current.server.url, num_gpus=len(self._gpus or [0]), incarnation=current.number
+        )
 
     @ray.method(concurrency_group="control")
     def watch(self) -> None:

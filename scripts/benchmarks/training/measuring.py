@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 STATUS = Path("/proc/self/status")
 CLEAR_PEAK = "5"
 
@@ -30,6 +32,24 @@ def measured(step: Callable[[], dict[str, float]]) -> dict[str, Any]:
     wall = time.perf_counter() - wall
     files = memory("RssFile") + memory("RssShmem")
     return {"wall": wall, "cpu": cpu, "peak_bytes": memory("VmHWM") - files - level, "values": values}
+
+
+def measured_on_gpu(step: Callable[[], dict[str, float]], device: torch.device) -> dict[str, Any]:
+    """Run a step and return its cost like `measured`; memory is the GPU's.
+
+    `peak_bytes` is above the step's start, `total_bytes` that of all tensors at the peak.
+    """
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    level = torch.cuda.memory_allocated(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    values = step()
+    torch.cuda.synchronize(device)
+    cpu = time.process_time() - cpu
+    wall = time.perf_counter() - wall
+    total = torch.cuda.max_memory_allocated(device)
+    return {"wall": wall, "cpu": cpu, "peak_bytes": total - level, "total_bytes": total, "values": values}
 
 
 def memory(name: str) -> int:

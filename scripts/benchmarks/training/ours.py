@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmarks.training.plain import LEARNING_RATE
-from scripts.benchmarks.training.workload import Shape
+from scripts.benchmarks.training.workload import LEARNING_RATE, Machine, Shape
 from slime.arguments import parse_args
 from slime.backends import create_backend
 from slime.backends.fsdp.outputs import ResponseOutputs
@@ -22,7 +21,13 @@ class OurTrainer:
     """One rank of a run with all metrics on, and the plain way's objective (or the divergence of a top-k)."""
 
     def __init__(
-        self, model: Path, shape: Shape, samples: Sequence[Sample], pictures: Mapping[str, bytes], port: int
+        self,
+        model: Path,
+        shape: Shape,
+        machine: Machine,
+        samples: Sequence[Sample],
+        pictures: Mapping[str, bytes],
+        port: int,
     ) -> None:
         self._args = parse_args(
             [
@@ -33,7 +38,8 @@ class OurTrainer:
                 *("--rollout-batch-size", str(shape.prompts), "--n-samples-per-prompt", str(shape.samples)),
                 *("--use-dynamic-batch-size", "--max-tokens-per-gpu", str(shape.budget)),
                 *("--calculate-per-token-loss", "--lr", str(LEARNING_RATE)),
-                *("--train-threads", str(torch.get_num_threads())),
+                *("--train-threads", str(torch.get_num_threads()), "--train-dtype", machine.dtype),
+                *(("--gradient-checkpointing",) if machine.gradient_checkpointing else ()),
                 *(("--opd-loss", "topk", "--opd-top-k", str(shape.top_k)) if shape.top_k else ()),
             ]
         )
@@ -59,7 +65,13 @@ class ApartTrainer(OurTrainer):
     """Ours, with a pass over the LM head for every question of the loss. In a process of its own."""
 
     def __init__(
-        self, model: Path, shape: Shape, samples: Sequence[Sample], pictures: Mapping[str, bytes], port: int
+        self,
+        model: Path,
+        shape: Shape,
+        machine: Machine,
+        samples: Sequence[Sample],
+        pictures: Mapping[str, bytes],
+        port: int,
     ) -> None:
         ResponseOutputs.expect = lambda self, ids, top: None
-        super().__init__(model, shape, samples, pictures, port)
+        super().__init__(model, shape, machine, samples, pictures, port)

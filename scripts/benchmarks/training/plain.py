@@ -13,28 +13,42 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
-from scripts.benchmarks.training.workload import Shape
+from scripts.benchmarks.training.workload import LEARNING_RATE, Machine, Shape
 from slime.data.expand import expand_image_pads
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
 
-LEARNING_RATE = 1e-6
-
 
 class PlainTrainer:
-    """transformers and AdamW, with the policy gradient of public recipes."""
+    """transformers and AdamW, with the policy gradient of public recipes.
+
+    Weights are float32; computing in bfloat16 is left to autocast.
+    """
 
     def __init__(
-        self, model: Path, shape: Shape, samples: Sequence[Sample], pictures: Mapping[str, bytes], port: int
+        self,
+        model: Path,
+        shape: Shape,
+        machine: Machine,
+        samples: Sequence[Sample],
+        pictures: Mapping[str, bytes],
+        port: int,
     ) -> None:
         del port  # it has no other ranks
+        self._device = torch.device(machine.device)
+        self._autocast = machine.dtype == "bfloat16"
         self._processor = load_processor(model)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(
             model, dtype=torch.float32, attn_implementation="sdpa"
         )
+        self._model.to(self._device)
         self._model.config.get_text_config().attention_dropout = 0.0
+        if machine.gradient_checkpointing:
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._model.train()
+        fused = self._device.type == "cuda"  # as ours: the kernel is not what is compared
         self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, foreach=True
+            self._model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=fused, foreach=not fused
         )
         self._samples = samples
         self._pictures = pictures
@@ -48,7 +62,8 @@ class PlainTrainer:
             batch = self._samples[start : start + self._rows]
             inputs, labels, teacher = self._inputs(batch)
             mask = labels >= 0
-            logits = self._model(**inputs, use_cache=False).logits[:, :-1]
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                logits = self._model(**inputs, use_cache=False).logits[:, :-1]
             log_probs = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
             del logits
             gap = log_probs.detach() - teacher
@@ -84,14 +99,15 @@ class PlainTrainer:
         input_ids = pad_sequence(rows, batch_first=True)
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         pixels = self._processor.image_processor(images=images, return_tensors="pt")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": (input_ids == self._processor.image_token_id).long(),
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
+        }
         return (
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "mm_token_type_ids": (input_ids == self._processor.image_token_id).long(),
-                "pixel_values": pixels["pixel_values"],
-                "image_grid_thw": pixels["image_grid_thw"],
-            },
-            pad_sequence(labels, batch_first=True, padding_value=-1),
-            pad_sequence(teacher, batch_first=True),
+            {name: value.to(self._device) for name, value in inputs.items()},
+            pad_sequence(labels, batch_first=True, padding_value=-1).to(self._device),
+            pad_sequence(teacher, batch_first=True).to(self._device),
         )

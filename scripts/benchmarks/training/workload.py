@@ -7,7 +7,7 @@ import io
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -21,6 +21,17 @@ from slime.utils.types import Sample, SampleStatus
 PATCH, MERGE = 16, 2
 SHORTEST = 32
 """Tokens of the shortest response."""
+LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how a step is computed."""
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; weights and optimizer are float32."""
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

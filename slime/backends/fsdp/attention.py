@@ -59,7 +59,6 @@ def packed_attention(
     scaling: float | None = None,
     lengths: tuple[int, ...] | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return causal attention within each sample, [1, T, H, D], in transformers' form of an attention.
@@ -70,7 +69,7 @@ def packed_attention(
         key: [1, heads of keys, T, D], and `value` alike.
         attention_mask: none is allowed.
         scaling: of the scores; None: one over the root of D.
-        lengths: tokens of each sample, T together; with `cu_seq_lens_q` and `max_length_q` from `borders`.
+        lengths: tokens of each sample, T together; with `cu_seq_lens_q` from `borders`.
 
     Raises:
         ValueError: the borders did not get here, or do not belong to this row: samples would see each other.
@@ -87,14 +86,15 @@ def packed_attention(
         )
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
+        longest = max(lengths)
         attended = varlen_attn(
             query,
             key,
             value,
             cu_seq_lens_q,
             cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
+            longest,
+            longest,
             scale=scaling,
             window_size=(-1, 0),  # causal
             enable_gqa=query.shape[1] != key.shape[1],

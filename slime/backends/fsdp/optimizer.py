@@ -12,14 +12,19 @@ from torch.nn.utils import get_total_norm
 def build_adamw(
     model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """Return AdamW for the trainable parameters; vectors (norms, biases) do not decay."""
+    """Return AdamW for the trainable parameters; vectors (norms, biases) do not decay.
+
+    On a GPU it is the fused kernel: the other one holds a further copy of all weights while it steps, which a
+    4B model with its optimizer has no room for in 80 GB.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, foreach=True)
+    fused = trained[0].device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused, foreach=not fused)
 
 
 def local_gradients(model: nn.Module) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Checks that need a machine which tests do not have."""
