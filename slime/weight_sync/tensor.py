@@ -78,9 +78,7 @@ class TensorSender:
     def _payloads(self, bucket: Bucket, engines: Sequence[EngineMember]) -> list[list[str]]:
         """Return for each engine what each of its ranks is told: where its bucket is."""
         if self._device.type == "cpu":
-            return [
-                [serialized(bucket.named_tensors) for _ in range(engine.num_gpus)] for engine in engines
-            ]
+            return [[serialized(bucket.named_tensors) for _ in range(engine.num_gpus)] for engine in engines]
         # The engines' GPUs are the training ranks', in the same order.
         everyone: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(everyone, serialized(bucket.named_tensors))

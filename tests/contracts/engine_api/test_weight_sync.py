@@ -3,6 +3,7 @@
 Held against transformers' own forward pass in float32 of the weights that were sent.
 """
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -110,9 +111,7 @@ class Pair:
         )
 
 
-@pytest.fixture(
-    scope="module", params=["transformers", pytest.param("sglang", marks=pytest.mark.sglang)]
-)
+@pytest.fixture(scope="module", params=["transformers", pytest.param("sglang", marks=pytest.mark.sglang)])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair = Pair(request.param, tmp_path_factory.mktemp("pair"))
     yield pair
@@ -126,7 +125,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
     made = {
         name: Version(save_changed_model(folder / name, seed=number)) for number, name in enumerate(VERSIONS)
     }
-    for one, other in zip(VERSIONS, VERSIONS[1:], strict=False):
+    for one, other in itertools.pairwise(VERSIONS):
         assert (made[one].log_probs - made[other].log_probs).abs().max() > 100 * TOLERANCE
     return made
 
