@@ -142,8 +142,8 @@ class TrainGroup:
         if not rollouts.has_engines:
             return {}
         version = str(self.step)
-        engines = rollouts.engines.members()
         self._turns.to_sync()
+        engines = rollouts.engines.members()  # who died in the trainers' turn is started anew now
         size = max(self._everywhere("publish_weights", engines, version))
         self._turns.to_generation()
         rollouts.expect_version(version)

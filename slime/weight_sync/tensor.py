@@ -77,12 +77,11 @@ class TensorSender:
 
     def _payloads(self, bucket: Bucket, engines: Sequence[EngineMember]) -> list[list[str]]:
         """Return for each engine what each of its ranks is told: where its bucket is."""
-        own = serialized(bucket.named_tensors)
         if self._device.type == "cpu":
-            return [[own] * engine.num_gpus for engine in engines]
+            return [[serialized(bucket.named_tensors) for _ in range(engine.num_gpus)] for engine in engines]
         # The engines' GPUs are the training ranks', in the same order.
         everyone: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
+        dist.all_gather_object(everyone, serialized(bucket.named_tensors))
         payloads, first = [], 0
         for engine in engines:
             payloads.append(everyone[first : first + engine.num_gpus])
@@ -102,7 +101,11 @@ def shared_memory(size: int) -> Tensor:
 
 
 def serialized(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the list of (name, tensor) as SGLang takes it: pickled handles of memory, in base64."""
+    """Return the list of (name, tensor) as SGLang takes it: pickled handles of memory, in base64.
+
+    For one reader: torch counts those who have the memory open, one for each pickling, and removes its name
+    when the last has closed it. Two readers of one pickling close it once too often.
+    """
     buffer = io.BytesIO()
     ForkingPickler(buffer, -1).dump(list(named_tensors))
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -123,13 +123,13 @@ def input_logprobs(answer: dict[str, Any]) -> list[float | None]:
     return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
 
 
-def save_changed_model(folder: Path, scale: float = 0.3) -> Path:
-    """Write the recorded model with every weight changed, in the vision tower too."""
+def save_changed_model(folder: Path, scale: float = 0.3, *, seed: int = 7) -> Path:
+    """Write the recorded model with every weight changed, in the vision tower too; another `seed`, others."""
     folder.mkdir(parents=True)
     for file in MODEL.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     weights = load_file(MODEL / "model.safetensors")
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     changed = {
         name: (w.float() + scale * w.float().std() * torch.randn(w.shape, generator=generator)).to(w.dtype)
         for name, w in weights.items()
