@@ -244,6 +244,8 @@ build_train_command() {
   if [ "$NUM_GPUS" = 0 ]; then
     SAVE_ARGS=()
     PRECISION_ARGS=(--train-dtype float32 --use-dynamic-batch-size --max-tokens-per-gpu 4096)
+    # All at once, the short responses would end together and the teacher begin when the engine is done.
+    cluster+=(--rollout-concurrency 64)
   else
     SAVE_ARGS=(--save "$SLIME_SCRIPT_OUTPUT_DIR/checkpoints" --save-interval 50)
     PRECISION_ARGS=(--train-dtype bfloat16 --gradient-checkpointing --use-dynamic-batch-size --max-tokens-per-gpu 16384)
