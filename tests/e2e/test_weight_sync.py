@@ -17,7 +17,7 @@ CHECKED = ("--skip-eval-before-train", "--check-weight-sync", "every")
 SAME_SEED = ("--deterministic-rollout", "--engine", "transformers")
 SGLANG = ("--engine", "sglang", "--num-rollout", "3")
 SMALL_BUCKETS = ("--update-weight-buffer-size", "200000")
-"""Ten or so for the tiny student."""
+"""Six or so for the tiny student."""
 LARGEST_GAP = 1e-3
 RUN_SECONDS = 900
 """Two SGLang servers on two cores take minutes to start."""
