@@ -60,6 +60,7 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
 
     if args.eval_sets:
         evaluate(args.num_rollout, tracker, rollouts, trainers, state)
+    trainers.finish()
     return state
 
 
@@ -128,8 +129,11 @@ def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[Rol
         engines = EngineGroup(cluster, args, trainers.make_room())
         trainers.take_turns(engines)
         return RolloutGroup(cluster, args, engines), trainers
+    # On several nodes the ranks choose first: they need whole nodes' shares.
+    trainers = None if cluster.one_machine else TrainGroup(cluster, args, weight_folder)
     engines = ExternalEngines(args) if args.rollout_engine_urls else EngineGroup(cluster, args)
-    return RolloutGroup(cluster, args, engines), TrainGroup(cluster, args, weight_folder)
+    rollouts = RolloutGroup(cluster, args, engines)
+    return rollouts, trainers or TrainGroup(cluster, args, weight_folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

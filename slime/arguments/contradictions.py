@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the package's __init__ imports this module
     from slime.arguments import Args
 
+BY_THE_LAUNCHER = " (--colocate is the launchers' default on GPUs: SLIME_SCRIPT_COLOCATE=0)"
+
 
 def contradictions(args: Args) -> Iterator[str]:
     """Yield a sentence for each contradiction between groups."""
@@ -191,12 +193,12 @@ def _colocation(args: Args) -> Iterator[str]:
     if args.async_rollout:
         yield (
             "--async-rollout generates while it trains, and --colocate lets them take turns on the same "
-            "GPUs. Drop either."
+            f"GPUs. Drop either{BY_THE_LAUNCHER}."
         )
     if args.rollout_engine_urls:
         yield (
             "--colocate shares this run's GPUs with its engines, and --rollout-engine-urls names engines "
-            "elsewhere. Drop either."
+            f"elsewhere. Drop either{BY_THE_LAUNCHER}."
         )
     if args.replays:
         yield "--load-debug-rollout-data starts no engines that could share GPUs. Drop --colocate."

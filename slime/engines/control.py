@@ -18,8 +18,12 @@ from slime.engines.errors import (
 )
 from slime.engines.replicas import Endpoint
 from slime.engines.retry import Retry
+from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from slime.engines.transport import Transport
 
+UNAUTHORISED = 401
+STUDENT_REMEDY = "Is the student's engine running? Look at its log in the run's output folder."
+"""What messages about a run's own engines tell the user to look at."""
 FLUSH_POLL_SECONDS = 0.25
 FLUSH_PATIENCE = 30.0
 
@@ -55,7 +59,7 @@ class EngineControl:
         self._remedy = remedy
         self._timeout = timeout
         self._patience = patience
-        self._key = admin_key or keys.admin_key()
+        self._admin_key = admin_key or keys.admin_key()
         self._transport = Transport(role, remedy)
 
     async def __aenter__(self) -> Self:
@@ -155,10 +159,6 @@ class EngineControl:
 
     # ---- facts ----
 
-    async def model_info(self) -> list[dict[str, Any]]:
-        """Return each server's `/model_info`: its model, its modalities, its weight version."""
-        return await self._everywhere("/model_info", None)
-
     async def server_info(self) -> list[dict[str, Any]]:
         """Return each server's `/server_info`: its resolved arguments and state."""
         return await self._everywhere("/server_info", None)
@@ -194,10 +194,19 @@ class EngineControl:
         retry = Retry(self._patience, repeatable=False)
         method = "GET" if body is None else "POST"
         data = None if body is None else dict(body)
+        # Facts are for users, whom a server with an admin key alone lets in without one.
+        key = keys.api_key() if body is None else self._admin_key
         while True:
             try:
-                return await self._transport.send(method, url, data, self._key, self._timeout)
-            except (EngineUnreachableError, EngineTimeoutError, HttpError) as error:
+                return await self._transport.send(method, url, data, key, self._timeout)
+            except HttpError as error:
+                if error.status == UNAUTHORISED:
+                    name = API_KEY_VARIABLE if body is None else ADMIN_KEY_VARIABLE
+                    raise HttpError(
+                        url, error.status, error.body, f"Set {name} to the key that it was started with."
+                    ) from error
+                await retry.wait(error, url, self._remedy)
+            except (EngineUnreachableError, EngineTimeoutError) as error:
                 await retry.wait(error, url, self._remedy)
 
     async def _begin(self, url: str) -> None:

@@ -1,7 +1,7 @@
 """Ray for the length of a run: started or joined, watched, and ended on every path.
 
 A dead actor or engine ends whatever the driver waits for, within a second or two and with the end of its log.
-What the actors do is `groups.py`'s business, in which order `slime/train.py`'s.
+What the actors do is the groups' business, in which order `slime/train.py`'s.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.engines.errors import EnginesLostError
+from slime.engines.sglang_engine import LOOPBACK_HOSTS
 from slime.metrics.trace import Span
 from slime.ray.actor import Actor, Surroundings, log_path, terminal_name
 from slime.ray.interrupts import listen, shielded
@@ -71,7 +73,7 @@ class Cluster:
         self._surroundings = Surroundings(
             output_dir=str(Path(args.output_dir).resolve()),
             log_level=args.log_level,
-            environment=_environment(),
+            environment=_environment(invents_key=not args.rollout_engine_urls),
             terminal=terminal_name() if args.ray_address is None else None,
         )
 
@@ -90,14 +92,10 @@ class Cluster:
         self.stop()
 
     @property
-    def host(self) -> str:
-        """This machine's address, as the others of the cluster reach it."""
-        return "127.0.0.1" if self.one_machine else ray.util.get_node_ip_address()
-
-    @property
     def one_machine(self) -> bool:
-        """Whether all processes share this machine's files and memory."""
-        return sum(node["Alive"] for node in ray.nodes()) == 1
+        """Whether all processes, engines that others started included, share this machine's files and memory."""
+        local = all(urlsplit(url).hostname in LOOPBACK_HOSTS for url in self._args.rollout_engine_urls)
+        return local and sum(node["Alive"] for node in ray.nodes()) == 1
 
     def start_actor(
         self,
@@ -233,10 +231,14 @@ class Cluster:
         return str(error)
 
 
-def _environment() -> dict[str, str]:
-    """Return the variables that every actor sets: the keys of the engines, and OpenMP's manners."""
+def _environment(*, invents_key: bool) -> dict[str, str]:
+    """Return the variables that every actor sets: the keys of the engines, and OpenMP's manners.
+
+    Engines that run elsewhere have keys of their own; for those of this run one is invented.
+    """
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    variables.setdefault("SLIME_ENGINE_ADMIN_KEY", secrets.token_hex(16))
+    if invents_key:
+        variables.setdefault("SLIME_ENGINE_ADMIN_KEY", secrets.token_hex(16))
     # Threads that wait by spinning take the cores of the processes that they wait for: ten times slower when
     # trainer, engine and teacher share two cores.
     variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class EngineActor(Actor):
     """Owns one server."""
 
-    def __init__(self, args: Args, number: int, host: str, surroundings: Surroundings) -> None:
-        """`host` is the address that the server binds to, as the others reach it."""
+    def __init__(self, args: Args, number: int, several_nodes: bool, surroundings: Surroundings) -> None:
+        """`several_nodes` says whether who asks the server may be on another machine."""
         self.name = f"engine_{number}"
         super().__init__(f"{self.name}_actor", surroundings)
         self._args = args
-        self._host = host
+        self._host = ray.util.get_node_ip_address() if several_nodes else "127.0.0.1"
         self._gpus: list[int] | None = None
         self._port = 0
         self._keeper: Keeper | None = None
@@ -114,6 +114,10 @@ class EngineActor(Actor):
             if asked:
                 self._control(lambda control: control.resume_memory(asked))
                 current.released.difference_update(asked)
+
+    def start_anew(self) -> None:
+        """End the server and start the next one in its place; `wait_ready` waits for it."""
+        self._ready().start_anew()
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +11,6 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.engines.control import EngineControl, MemoryTag
-from slime.engines.process import is_ready
 from slime.ray.cluster import Cluster
 from slime.ray.engine_actor import EngineActor
 from slime.weight_sync.base import EngineMember
@@ -20,15 +18,12 @@ from slime.weight_sync.base import EngineMember
 if TYPE_CHECKING:
     from slime.arguments import Args
 
-READY_POLL_SECONDS = 0.5
-
 
 @dataclass(frozen=True, kw_only=True)
 class SharedGpus:
     """GPUs of training ranks that an engine shares, all of one node."""
 
     gpus: tuple[int, ...]
-    host: str
     scheduling: PlacementGroupSchedulingStrategy | None
     """Where those ranks are."""
 
@@ -46,6 +41,10 @@ class Engines(Protocol):
         """Say whether requests may come."""
         ...
 
+    def start_anew(self) -> None:
+        """End all engines that this run has, and start new ones."""
+        ...
+
 
 class EngineGroup:
     """Engines of this run, one actor each. Starting returns at once; `members` waits."""
@@ -53,15 +52,21 @@ class EngineGroup:
     def __init__(self, cluster: Cluster, args: Args, shared: Sequence[SharedGpus] = ()) -> None:
         """`shared` are the GPUs of each engine, where they are training ranks' too."""
         self._cluster = cluster
-        homes = [(place.host, place.scheduling) for place in shared]
+        homes = [place.scheduling for place in shared]
         if not shared:
-            homes = [(cluster.host, None)] * cluster.resources.num_engines
+            homes = [None] * cluster.resources.num_engines
         self._actors: dict[str, Any] = {}
-        for number, (host, scheduling) in enumerate(homes):
+        for number, scheduling in enumerate(homes):
             name = f"engine_{number}"
             gpus = 0.0 if shared else cluster.resources.gpus_per_engine
             self._actors[name] = cluster.start_actor(
-                name, EngineActor, args, number, host, num_gpus=gpus, scheduling=scheduling
+                name,
+                EngineActor,
+                args,
+                number,
+                not cluster.one_machine,
+                num_gpus=gpus,
+                scheduling=scheduling,
             )
         places: list[tuple[int, ...] | None] = [place.gpus for place in shared] or [None] * len(homes)
         self.urls: list[str] = cluster.wait(
@@ -78,6 +83,10 @@ class EngineGroup:
     def set_generating(self, generating: bool) -> None:
         """Say whether requests may come; engines whose memory is released refuse."""
         self._everywhere("set_generating", generating)
+
+    def start_anew(self) -> None:
+        """End all engines, and start new ones; `members` waits for them."""
+        self._everywhere("start_anew")
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Let the idle engines give memory back."""
@@ -105,25 +114,22 @@ class ExternalEngines:
         """Return the engines once all of them answer.
 
         Raises:
-            RuntimeError: one of them does not, within `--engine-start-timeout`.
+            RuntimeError: one of them does not, within `--engine-start-timeout`, or refuses our key.
         """
-        give_up = time.monotonic() + self._patience
-        for url in self.urls:
-            while not is_ready(url):
-                if time.monotonic() > give_up:
-                    raise RuntimeError(
-                        f"the engine at {url} (--rollout-engine-urls) was not ready within "
-                        f"{self._patience:g} s (--engine-start-timeout). Start it, or correct the address."
-                    )
-                time.sleep(READY_POLL_SECONDS)
         sizes = [int(info.get("tp_size", 1)) for info in asyncio.run(self._server_info())]
         return [EngineMember(url=url, num_gpus=size) for url, size in zip(self.urls, sizes, strict=True)]
 
     def set_generating(self, generating: bool) -> None:
         """Do nothing: whoever started them looks after their health."""
 
+    def start_anew(self) -> None:
+        """Do nothing: whoever started them starts them again."""
+
     async def _server_info(self) -> list[dict[str, Any]]:
-        async with EngineControl(self.urls, role="student engine") as control:
+        remedy = "Start it, or correct the address in --rollout-engine-urls."
+        async with EngineControl(
+            self.urls, role="student engine", remedy=remedy, patience=self._patience
+        ) as control:
             return await control.server_info()
 
 
@@ -138,4 +144,7 @@ class NoEngines:
         return []
 
     def set_generating(self, generating: bool) -> None:
+        """Do nothing."""
+
+    def start_anew(self) -> None:
         """Do nothing."""

@@ -52,22 +52,24 @@ class Keeper:
         self._generating = threading.Event()
         self._stopping = threading.Event()
         self._lost = threading.Event()
+        self._restarting = threading.Lock()
         self.current = Incarnation(launch(), 0)
 
     def wait_ready(self) -> Incarnation:
-        """Return once the server answers, also one that has just been started anew.
+        """Return once the server has answered, also one that has just been started anew.
 
-        One whose memory is released answers nobody and need not. If it has died it is started anew here, with
-        all of its memory, so ask only while there is room for that.
+        One that lives and was ready before is not asked again: paused, or without its memory, it says that it
+        is not. If one whose memory is released has died it is started anew here, with all of its memory, so
+        ask only while there is room for that.
 
         Raises:
             RuntimeError: it died or took too long; the message ends with its log.
         """
         while True:
             current = self.current
+            if current.ready and current.server.alive:
+                return current
             if current.released:
-                if current.server.alive:
-                    return current
                 self._restart(current, hangs=False)
                 continue
             try:
@@ -118,16 +120,27 @@ class Keeper:
         else:
             self._generating.clear()
 
+    def start_anew(self) -> None:
+        """End a server that lives, and start the next one in its place."""
+        current = self.current
+        with self._restarting:
+            if self.current is current and not self._stopping.is_set():
+                self._replace(current, "waits for another that is gone")
+
     def stop(self) -> None:
         """End the server with all that it started."""
         self._stopping.set()
-        self.current.server.stop()
+        with self._restarting:
+            self.current.server.stop()
 
     def _restart(self, last: Incarnation, *, hangs: bool) -> None:
+        """Start the server anew in the place of `last`, unless somebody has done so or all is to end."""
+        with self._restarting:
+            if self.current is last and not self._stopping.is_set():
+                self._replace(last, "hangs" if hangs else f"ended with exit status {last.server.returncode}")
+
+    def _replace(self, last: Incarnation, how: str) -> None:
         limit = self._limits.restarts
-        how = "hangs" if hangs else f"ended with exit status {last.server.returncode}"
-        if self._stopping.is_set():
-            return
         if last.number >= limit or not (last.ready or last.number):
             self._lost.set()
             raise RuntimeError(
@@ -141,7 +154,8 @@ class Keeper:
             f"{limit}. The end of its log, {last.server.log_path}:\n{last.server.log_tail(5)}\n"
         )
         sys.stdout.flush()
-        self.current = Incarnation(self._launch(), last.number + 1)
+        if not self._stopping.is_set():  # it may have taken a while to end
+            self.current = Incarnation(self._launch(), last.number + 1)
 
     def _healthy(self, server: ServerProcess) -> bool:
         from slime.engines.process import is_ready

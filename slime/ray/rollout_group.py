@@ -83,8 +83,9 @@ class RolloutGroup:
 
     def probe(self) -> ray.ObjectRef:
         """Return what every engine answers to the same prompt, for the trainers to compare."""
+        self.engines.set_generating(True)
         ref = self._actor.probe.remote()
-        self._cluster.wait([ref])
+        self.result(ref)
         return ref
 
     def state_dict(self) -> dict[str, Any]:

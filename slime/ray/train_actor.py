@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ class TrainActor(Actor):
     """Trains in step with the other ranks: each verb must be called on all of them."""
 
     def __init__(self, args: Args, rank: int, several_nodes: bool, surroundings: Surroundings) -> None:
-        """`several_nodes` says whether engines or other ranks may be on other machines."""
+        """`several_nodes` says whether an engine or another rank is on another machine."""
         super().__init__(f"train_{rank}", surroundings)
         # OpenMP reads this once, when torch is imported below. Ray has set it to 1.
         os.environ["OMP_NUM_THREADS"] = str(args.train_threads)
@@ -40,15 +39,14 @@ class TrainActor(Actor):
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a free port: where the ranks meet, if this is rank 0."""
-        host = self._host()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        from slime.engines.process import free_port
 
-    def place(self) -> tuple[str, tuple[int, ...]]:
-        """Return this node's address, and the numbers of this rank's GPUs: none on a CPU."""
-        gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-        return self._host(), tuple(int(gpu) for gpu in gpus)
+        host = self._host()
+        return host, free_port(host)
+
+    def gpus(self) -> tuple[int, ...]:
+        """Return the numbers of this rank's GPUs on its node: none on a CPU."""
+        return tuple(int(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
     def setup(self, master_address: str, master_port: int, weight_folder: str | None) -> None:
         """Join the process group and load the model; `weight_folder` is where weights for engines go."""

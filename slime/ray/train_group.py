@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 SCHEDULE_SECONDS = 120.0
 TRAINER_FOLDER = "trainer"
 FIRST_CHECKS = 2
-"""Syncs that `--check-weight-sync first` compares. The engines come with the first weights, so that it is the
-second, after a step of training, that shows whether anything arrives."""
+"""Versions of the weights that `--check-weight-sync first` compares. The engines come with the first weights,
+so that it is the second, after a step of training, that shows whether anything arrives."""
 
 
 class TrainGroup:
@@ -35,7 +35,8 @@ class TrainGroup:
         self._cluster = cluster
         self._args = args
         self._turns: Turns | Apart = Apart()
-        self._syncs = 0
+        self._probed: set[int] = set()
+        """Steps whose weights have been compared."""
         self._probe: ray.ObjectRef | None = None
         self.step = 0
         """Optimizer steps behind the published weights; as a string, their version."""
@@ -68,12 +69,11 @@ class TrainGroup:
         """Put all memory away and return the GPUs that each engine is to share. Before `take_turns`."""
         self.wait_ready()
         self.offload()
-        places: list[tuple[str, tuple[int, ...]]] = self._everywhere("place")
+        gpus: list[tuple[int, ...]] = self._everywhere("gpus")
         size = max(1, int(self._cluster.resources.gpus_per_engine))
         return [
             SharedGpus(
-                gpus=tuple(gpu for _, gpus in places[first : first + size] for gpu in gpus),
-                host=places[first][0],
+                gpus=tuple(gpu for own in gpus[first : first + size] for gpu in own),
                 scheduling=self._scheduling[first],
             )
             for first in range(0, self._cluster.resources.num_engines * size, size)
@@ -124,7 +124,19 @@ class TrainGroup:
         try:
             return self._publish(rollouts)
         except EnginesLost:
+            if self._args.weight_sync == "distributed":
+                rollouts.engines.start_anew()  # those left wait in a broadcast for the one that is gone
             return self._publish(rollouts)
+
+    def finish(self) -> None:
+        """Compare the engines with the last weights, where that has waited for the trainers' turn.
+
+        Raises:
+            WeightMismatchError: an engine does not compute with them what the trainer does.
+        """
+        if self._probe is not None:
+            self._turns.to_training()
+            self._compare()
 
     def save(self, checkpoint: Path) -> None:
         """Write model, optimizer and schedule into the folder of a checkpoint."""
@@ -147,7 +159,6 @@ class TrainGroup:
         size = max(self._everywhere("publish_weights", engines, version))
         self._turns.to_generation()
         rollouts.expect_version(version)
-        self._syncs += 1
         synced = time.perf_counter()
         metrics = {
             "perf/sync_seconds": synced - start,
@@ -156,12 +167,14 @@ class TrainGroup:
         }
         if self._probe_is_due():
             self._probe = rollouts.probe()
+            self._probed.add(self.step)
         # Sharing GPUs, the trainers compare when it is their turn again: the weights are still these.
         return metrics | (self._compare() if isinstance(self._turns, Apart) else {})
 
     def _probe_is_due(self) -> bool:
         when = self._args.check_weight_sync
-        return when == "every" or (when == "first" and self._syncs <= FIRST_CHECKS)
+        new = self.step not in self._probed and len(self._probed) < FIRST_CHECKS
+        return when == "every" or (when == "first" and new)
 
     def _compare(self) -> dict[str, float]:
         """Compare every engine's log-probs of a response of its own with the trainer's, where that is due."""

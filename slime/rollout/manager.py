@@ -17,6 +17,7 @@ from slime.data.source import EvalSet, PromptSource
 from slime.data.vocabulary import never_sampled
 from slime.engines.api import sampling_params
 from slime.engines.client import EngineClient
+from slime.engines.control import STUDENT_REMEDY
 from slime.engines.errors import EnginesLostError
 from slime.engines.model_facts import model_facts
 from slime.evaluation import evaluate
@@ -37,7 +38,6 @@ from slime.weight_sync.probe import Probe, probe_sample
 if TYPE_CHECKING:
     from slime.arguments import Args
 
-ENGINE_REMEDY = "Is the student's engine running? Look at its log in the run's output folder."
 PROBE_TOKENS = 16
 """Length of a response that is compared with the trainer's log-probs."""
 
@@ -190,7 +190,7 @@ class RolloutManager:
         return EngineClient(
             urls,
             role="student engine",
-            remedy=ENGINE_REMEDY,
+            remedy=STUDENT_REMEDY,
             concurrency=self._args.rollout_concurrency,
             timeout=self._args.request_timeout,
         )

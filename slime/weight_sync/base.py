@@ -54,7 +54,3 @@ class WeightSender(Protocol):
     def drain(self, parameters: Parameters) -> None:
         """Go through what is left of an update that this rank has given up, in step with the others."""
         ...
-
-    def close(self) -> None:
-        """Give back what is kept between two updates."""
-        ...

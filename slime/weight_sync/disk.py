@@ -32,28 +32,23 @@ class DiskSender:
         self._folder = folder
         self._checkpoint = checkpoint
         self._leads = leads
-        self._written: str | None = None
-        self._bytes = 0
 
     async def send(
         self, parameters: Parameters, engines: Sequence[EngineMember], control: EngineControl, version: str
     ) -> int:
-        """Write the folder, unless this version is there already, and let every engine read it."""
+        """Write the folder and let every engine read it."""
         target = self._folder / f"version-{version}"
-        if self._written != version:
-            self._bytes = write_weights(parameters, target, checkpoint=self._checkpoint, writes=self._leads)
-            self._written = version
+        if self._leads:  # it may be there already, written for an engine that has been started anew since
+            shutil.rmtree(target, ignore_errors=True)
+        size = write_weights(parameters, target, checkpoint=self._checkpoint, writes=self._leads)
         if self._leads:
             await control.update_weights_from_disk(str(target), version)
             self._retire_all_but(target)
-        return self._bytes
+        return size
 
     def drain(self, parameters: Parameters) -> None:
         """Gather what is left; nothing of it is kept."""
         drain(parameters)
-
-    def close(self) -> None:
-        """Do nothing: the folder is its maker's."""
 
     def _retire_all_but(self, current: Path) -> None:
         for path in self._folder.iterdir():

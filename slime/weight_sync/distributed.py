@@ -7,7 +7,7 @@ was, because a new process is in no group.
 from __future__ import annotations
 
 import asyncio
-import socket
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import (
     Backend,
     PrefixStore,
+    _abort_process_group,  # pyright: ignore[reportPrivateUsage]
     _new_process_group_helper,  # pyright: ignore[reportPrivateUsage]
     _world,  # pyright: ignore[reportPrivateUsage]
 )
@@ -27,10 +28,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from slime.engines.control import EngineControl
 from slime.engines.errors import EngineError
+from slime.engines.process import free_port
 from slime.weight_sync.base import EngineMember, Parameters, drain
 from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
 
-GROUP_PREFIX = "slime-weights-"
+GROUP_PREFIX = "slime-weights"
 GROUP_TIMEOUT = timedelta(minutes=10)
 
 T = TypeVar("T")
@@ -50,6 +52,8 @@ class DistributedSender:
         self._members: tuple[EngineMember, ...] = ()
         self._group: ProcessGroup | None = None
         self._groups = 0
+        self._token = secrets.token_hex(4)
+        """Tells this run's groups from those of another, which the same engines may still remember."""
 
     async def send(
         self, parameters: Parameters, engines: Sequence[EngineMember], control: EngineControl, version: str
@@ -76,30 +80,34 @@ class DistributedSender:
         return total
 
     def drain(self, parameters: Parameters) -> None:
-        """Gather what is left. The group has lost a member and is left alone."""
-        self._members = ()
+        """Gather what is left, and give up the group, which has lost a member."""
+        self._leave(broken=True)
         drain(parameters)
 
-    def close(self) -> None:
-        """Leave the group."""
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+    def _leave(self, *, broken: bool) -> None:
+        """Leave the group. In a broken one an NCCL broadcast may still wait for who never comes."""
+        group, self._group, self._members = self._group, None, ()
+        if group is None:
+            return
+        if broken and self._device.type == "cuda":
+            _abort_process_group(group)
+        else:
+            dist.destroy_process_group(group)
 
     @property
     def _name(self) -> str:
-        return f"{GROUP_PREFIX}{self._groups}"
+        return f"{GROUP_PREFIX}-{self._token}-{self._groups}"
 
     async def _meet(self, engines: Sequence[EngineMember], control: EngineControl) -> None:
         """Leave the group that there is, and form one with the engines as they are now."""
         if self._group is not None:
             with suppress(EngineError):  # a new server does not know it
                 await control.destroy_weights_update_group(self._name)
-            self.close()
+            self._leave(broken=False)
         self._groups += 1
         offsets = [1 + sum(engine.num_gpus for engine in engines[:number]) for number in range(len(engines))]
         world_size = 1 + sum(engine.num_gpus for engine in engines)
-        port = _free_port(self._address)
+        port = free_port(self._address)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         _, self._group = await asyncio.gather(
             control.init_weights_update_group(
@@ -125,7 +133,8 @@ def join_as_first(address: str, port: int, world_size: int, name: str, backend: 
 
     torch has no public way to form a group with processes of another world; SGLang uses these same functions.
     """
-    store, _, _ = next(rendezvous(f"tcp://{address}:{port}", 0, world_size, timeout=GROUP_TIMEOUT))
+    host = f"[{address}]" if ":" in address else address
+    store, _, _ = next(rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=GROUP_TIMEOUT))
     store.set_timeout(GROUP_TIMEOUT)
     group, _ = _new_process_group_helper(
         world_size,
@@ -164,9 +173,3 @@ async def beside(function: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=work, name="weight-update-group", daemon=True).start()
     return await done
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from slime.engines.control import EngineControl
+from slime.engines.control import STUDENT_REMEDY, EngineControl
 from slime.engines.errors import EnginesLostError, EngineUnreachableError
 from slime.weight_sync.base import EngineMember, Parameters, WeightSender
 from slime.weight_sync.checked import checked
@@ -20,8 +20,6 @@ from slime.weight_sync.tensor import TensorSender
 
 if TYPE_CHECKING:
     from slime.arguments import Args
-
-ENGINE_REMEDY = "Look at the engine's log in the run's output folder."
 
 
 class WeightSync:
@@ -53,16 +51,14 @@ class WeightSync:
             self._sender.drain(stream)  # the other ranks gather with this one
             raise EnginesLostError(str(error)) from error
 
-    def close(self) -> None:
-        """Give back what is kept between two updates."""
-        self._sender.close()
-
     async def _publish(self, parameters: Parameters, engines: Sequence[EngineMember], version: str) -> int:
         async with EngineControl(
             [engine.url for engine in engines],
             role="student engine",
-            remedy=ENGINE_REMEDY,
+            remedy=STUDENT_REMEDY,
             timeout=self._timeout,
+            # A server that is gone is started anew, knows no session then, and gets all weights once more.
+            patience=0.0,
         ) as control:
             if not self._leads:
                 return await self._sender.send(parameters, engines, control, version)

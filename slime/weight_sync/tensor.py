@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 from slime.engines.control import EngineControl
 from slime.engines.errors import EngineError
 from slime.weight_sync.base import EngineMember, Parameters, drain
 from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
+from slime.weight_sync.store import SHARED_MEMORY
 
 SHARED_BY_NAME = "file_system"
 """How a server that is no child of ours finds our memory. By torch's default it would ask us for an open
 file, which only relatives may: a real SGLang server dies of it."""
+
+DEVICE_ARGUMENT = 6
+"""Place of the GPU's number among the arguments of torch's function that opens a handle."""
 
 
 class TensorSender:
@@ -47,7 +54,7 @@ class TensorSender:
             return 0
         total = 0
         failure: EngineError | None = None
-        for bucket in fill_buckets(parameters, self._bucket_bytes, self._memory()):
+        for bucket in fill_buckets(parameters, self._size(), self._memory()):
             total += bucket.flat.numel()
             payloads = self._payloads(bucket, engines)
             if self._leads and failure is None:
@@ -65,12 +72,15 @@ class TensorSender:
         if self._device.type == "cpu":
             drain(parameters)
             return
-        for bucket in fill_buckets(parameters, self._bucket_bytes, self._memory()):
+        for bucket in fill_buckets(parameters, self._size(), self._memory()):
             self._payloads(bucket, ())
             self._wait_for_all()
 
-    def close(self) -> None:
-        """Do nothing: a bucket lives no longer than its update."""
+    def _size(self) -> int:
+        """Return the size of a bucket: shared memory may be small, and is never filled."""
+        if self._device.type != "cpu":
+            return self._bucket_bytes
+        return min(self._bucket_bytes, shutil.disk_usage(SHARED_MEMORY).free // 2)
 
     def _memory(self) -> Callable[[int], Tensor]:
         return shared_memory if self._device.type == "cpu" else device_memory(self._device)
@@ -79,9 +89,11 @@ class TensorSender:
         """Return for each engine what each of its ranks is told: where its bucket is."""
         if self._device.type == "cpu":
             return [[serialized(bucket.named_tensors) for _ in range(engine.num_gpus)] for engine in engines]
-        # The engines' GPUs are the training ranks', in the same order.
+        # The engines' GPUs are the training ranks', in the same order. Handles that nobody opens would keep
+        # the bucket's memory for good.
+        own = serialized(bucket.named_tensors) if engines else ""
         everyone: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(everyone, serialized(bucket.named_tensors))
+        dist.all_gather_object(everyone, own)
         payloads, first = [], 0
         for engine in engines:
             payloads.append(everyone[first : first + engine.num_gpus])
@@ -94,8 +106,31 @@ class TensorSender:
             dist.barrier()
 
 
+class _Pickler(ForkingPickler):
+    """Names a GPU by its UUID, as SGLang does among its own: Ray shows every rank its GPU as number 0."""
+
+    def reducer_override(self, tensor: Any) -> Any:
+        if not (isinstance(tensor, Tensor) and tensor.is_cuda):
+            return NotImplemented
+        reduced: Any = reductions.reduce_tensor(tensor)
+        rebuild, arguments = reduced
+        device = arguments[DEVICE_ARGUMENT]
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return rebuild, (*arguments[:DEVICE_ARGUMENT], uuid, *arguments[DEVICE_ARGUMENT + 1 :])
+
+
 def shared_memory(size: int) -> Tensor:
-    """Return `size` bytes, uint8, that other processes can open; what is not written to costs nothing."""
+    """Return `size` bytes, uint8, that other processes can open; what is not written to costs nothing.
+
+    Raises:
+        RuntimeError: there is not so much. Writing to it would end the process without a word.
+    """
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if size > free:
+        raise RuntimeError(
+            f"{size:,} bytes of weights are to be shared at once, and {SHARED_MEMORY} has {free:,} free. "
+            "Give it more (docker run --shm-size), or use --weight-sync disk."
+        )
     storage = torch.UntypedStorage._new_shared(size)  # pyright: ignore[reportPrivateUsage]
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
@@ -107,5 +142,5 @@ def serialized(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
     when the last has closed it. Two readers of one pickling close it once too often.
     """
     buffer = io.BytesIO()
-    ForkingPickler(buffer, -1).dump(list(named_tensors))
+    _Pickler(buffer, -1).dump(list(named_tensors))
     return base64.b64encode(buffer.getvalue()).decode("ascii")

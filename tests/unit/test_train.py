@@ -98,6 +98,9 @@ class _Trainers:
         self.calls.append(f"publish {self.step}")
         return {"perf/sync_seconds": 0.1}
 
+    def finish(self) -> None:
+        """Nothing waits for its turn here."""
+
     def save(self, checkpoint: Any) -> None:
         self.calls.append(f"save {checkpoint.name}")
 

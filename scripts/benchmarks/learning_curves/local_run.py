@@ -143,6 +143,9 @@ class LocalTrainers:
         rollouts.expect_version(version)
         return {"perf/sync_seconds": time.perf_counter() - start}
 
+    def finish(self) -> None:
+        """Do nothing: nothing waits for its turn."""
+
     def close(self) -> None:
         """Leave the process group."""
         self._backend.close()

@@ -154,4 +154,3 @@ def test_every_version_reaches_both_engines_and_one_that_was_started_anew(
             assert named == {version}
             torch.testing.assert_close(log_probs, sent.log_probs, atol=TOLERANCE, rtol=0)
             assert (log_probs - before[number]).abs().max() > 100 * TOLERANCE
-    sync.close()
