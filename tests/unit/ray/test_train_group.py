@@ -21,6 +21,7 @@ URL = "http://engine:1"
 @dataclass(frozen=True)
 class _Args:
     check_weight_sync: str = "never"
+    weight_sync: str = "tensor"
     precision: str = "float32"
     engine_dtype: str | None = None
 
@@ -88,6 +89,9 @@ class _Engines:
         self._calls.append("members")
         return [EngineMember(url=URL, incarnation=2)]
 
+    def start_anew(self) -> None:
+        self._calls.append("start anew")
+
     def release_memory(self, tags: Sequence[str]) -> None:
         self._calls.append("release " + " ".join(tags))
 
@@ -113,11 +117,11 @@ class _Rollouts:
 class _Run:
     """Trainers and rollouts, and what was asked of them since the last look."""
 
-    def __init__(self, check: str = "never") -> None:
+    def __init__(self, check: str = "never", way: str = "tensor") -> None:
         self.calls: list[str] = []
         self.rank = _Rank(self.calls)
         self.rollouts = cast(Any, _Rollouts(self.calls))
-        self.trainers = TrainGroup(cast(Any, _Cluster(self.rank)), cast(Any, _Args(check)), None)
+        self.trainers = TrainGroup(cast(Any, _Cluster(self.rank)), cast(Any, _Args(check, way)), None)
 
     def colocated(self) -> _Run:
         self.trainers.take_turns(self.rollouts.engines)
@@ -177,6 +181,31 @@ def test_an_engine_that_is_lost_in_a_sync_is_waited_for_and_gets_the_weights_in_
     run.rank.losses = 2
     with pytest.raises(EnginesLost):
         run.publish()
+
+
+def test_nobody_is_left_in_the_broadcast_of_a_sync_in_which_an_engine_was_lost() -> None:
+    run = _Run(way="distributed")
+    run.rank.losses = 1
+    run.publish()
+    assert run.seen() == [
+        "members",
+        "publish_weights",
+        "start anew",
+        "members",
+        "publish_weights",
+        "expect 0",
+    ]
+
+
+def test_the_last_weights_of_a_colocated_run_are_compared_too() -> None:
+    run = _Run("every").colocated()
+    run.train()
+    run.publish()
+    run.seen()
+    run.trainers.finish()
+    assert run.seen() == [*TO_TRAINING, "compare"]
+    run.trainers.finish()
+    assert run.seen() == []
 
 
 @pytest.mark.parametrize(
