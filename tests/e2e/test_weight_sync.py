@@ -13,6 +13,7 @@ import pytest
 from slime.engines.process import ServerProcess
 from tests.fakes.jobs import arguments, running
 
+pytestmark = pytest.mark.timeout(2000)  # several jobs for one test, and busy machines
 CHECKED = ("--skip-eval-before-train", "--check-weight-sync", "every")
 SAME_SEED = ("--deterministic-rollout", "--engine", "transformers")
 SGLANG = ("--engine", "sglang", "--num-rollout", "3")
@@ -117,7 +118,6 @@ def one_sglang_engine(run: Run) -> Path:
 
 
 @pytest.mark.sglang
-@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("way", ["tensor", "distributed"])
 def test_with_two_sglang_engines_the_job_ends_as_with_one(
     run: Run, one_sglang_engine: Path, way: str
