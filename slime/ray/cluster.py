@@ -93,7 +93,7 @@ class Cluster:
 
     @property
     def one_machine(self) -> bool:
-        """Whether all processes, also engines that others started, share this machine's files and memory."""
+        """Whether all processes, engines of others included, share this machine's files and memory."""
         local = all(urlsplit(url).hostname in LOOPBACK_HOSTS for url in self._args.rollout_engine_urls)
         return local and sum(node["Alive"] for node in ray.nodes()) == 1
 
