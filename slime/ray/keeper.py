@@ -121,10 +121,13 @@ class Keeper:
             self._generating.clear()
 
     def start_anew(self) -> None:
-        """End a server that lives, and start the next one in its place."""
-        current = self.current
+        """End a server that has answered and lives, and start the next one in its place.
+
+        One that is dead, or was only just started, is left to `watch`: it is in nobody's broadcast.
+        """
         with self._restarting:
-            if self.current is current and not self._stopping.is_set():
+            current = self.current
+            if current.ready and current.server.alive and not self._stopping.is_set():
                 self._replace(current, "waits for another that is gone")
 
     def stop(self) -> None:

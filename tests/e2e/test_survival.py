@@ -75,13 +75,21 @@ def test_one_of_two_replicas_is_killed_and_the_other_does_its_work(data, teacher
     assert_nothing_lost(folder)
 
 
-@pytest.mark.parametrize("engines", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engines",
+    [
+        ("--rollout-num-gpus", "2"),
+        pytest.param(("--rollout-num-gpus", "1"), marks=pytest.mark.slow),
+        pytest.param(("--colocate",), marks=pytest.mark.slow),
+    ],
+    ids=["two", "one", "colocated"],
+)
 def test_a_killed_engine_is_started_anew_with_the_current_weights(
-    data, teacher, tmp_path: Path, engines: int
+    data, teacher, tmp_path: Path, engines: tuple[str, ...]
 ):
     """With another beside it the rollout goes on there; the only one's rollout is made once more."""
     folder = tmp_path / "run"
-    flags = ("--num-rollout", str(ROLLOUTS), "--skip-eval-before-train", "--rollout-num-gpus", str(engines))
+    flags = ("--num-rollout", str(ROLLOUTS), "--skip-eval-before-train", *engines)
     flags = (*flags, "--check-weight-sync", "every")
     with running(arguments(data, teacher.url, folder, *flags), folder) as job:
         job.wait_for(rf"rollout +1/{ROLLOUTS}")

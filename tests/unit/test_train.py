@@ -14,6 +14,7 @@ import pytest
 from slime import train as loop
 from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
 from slime.metrics.trace import Span
+from slime.ray.cluster import EnginesLost
 from slime.ray.rollout_actor import RolloutResult
 
 
@@ -130,10 +131,10 @@ class _Tracker:
 WAITS = ("perf/step_seconds", "perf/wait_for_rollout_seconds", "perf/wait_for_train_seconds")
 
 
-def _run(args: _Args) -> tuple[list[str], _Tracker, RunState]:
+def _run(args: _Args, rollouts_class: type[_Rollouts] = _Rollouts) -> tuple[list[str], _Tracker, RunState]:
     calls: list[str] = []
     tracker = _Tracker()
-    rollouts, trainers = cast(Any, _Rollouts(calls)), cast(Any, _Trainers(calls))
+    rollouts, trainers = cast(Any, rollouts_class(calls)), cast(Any, _Trainers(calls))
     state = loop.train(cast(Any, args), cast(Any, tracker), rollouts, trainers)
     return calls, tracker, state
 
@@ -226,6 +227,36 @@ def test_a_checkpoint_of_a_run_ahead_stands_before_the_rollout_that_is_not_train
         *("train 2", "publish 2"),
     ]
     assert [metrics["rollout/steps_behind"] for _, _, metrics in tracker.rollouts] == [0, 1]
+
+
+class _LosingRollouts(_Rollouts):
+    """Loses its engines under the ordered rollout 1; the actor has put its position back by then."""
+
+    def result(self, ref: str | RolloutResult) -> Any:
+        result = super().result(ref)
+        if self.calls[-1] == "collect 1":
+            self.position -= 1
+            raise EnginesLost("no engine has the current weights")
+        return result
+
+
+def test_an_ordered_rollout_whose_engines_were_lost_is_made_again_with_the_next_weights(tmp_path):
+    args = replace(AHEAD, save=str(tmp_path), save_interval=1, eval_sets=())
+    calls, tracker, _ = _run(args, _LosingRollouts)
+    assert [call for call in calls if not call.startswith("save")] == [
+        *("trainers ready", "rollouts ready", "publish 0"),
+        *("generate 0", "order 1", "train 0", "collect 1", "publish 1"),
+        *("generate 1", "order 2", "train 1", "collect 2", "publish 2"),
+        *("train 2", "publish 3"),
+    ]
+    metrics = [metrics for _, _, metrics in tracker.rollouts]
+    assert [of["response_tokens"] for of in metrics] == [10, 11, 12]
+    assert [of["rollout/steps_behind"] for of in metrics] == [0, 0, 1]  # made anew it is on-policy
+    positions = [
+        json.loads((tmp_path / f"rollout-{number:06d}" / "state.json").read_text())["data"]["position"]
+        for number in (1, 2, 3)
+    ]
+    assert positions == [1, 2, 3]
 
 
 def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():

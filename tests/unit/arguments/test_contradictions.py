@@ -224,6 +224,38 @@ CONTRADICTIONS = {
         (*DISTIL, "--rollout-num-gpus", "6", "--rollout-num-gpus-per-engine", "4"),
         ("--rollout-num-gpus", "--rollout-num-gpus-per-engine"),
     ),
+    "memory for engines elsewhere": (
+        (*DISTIL, "--weight-sync", "tensor", "--rollout-engine-urls", "http://h:1"),
+        ("--weight-sync tensor", "--rollout-engine-urls", "--weight-sync distributed"),
+    ),
+    "a group on shared GPUs": (
+        (*DISTIL, "--colocate", "--weight-sync", "distributed"),
+        ("--weight-sync distributed", "--colocate", "--weight-sync tensor"),
+    ),
+    "taking turns and working at once": (
+        (*DISTIL, "--colocate", "--async-rollout"),
+        ("--async-rollout", "--colocate", "Drop either"),
+    ),
+    "sharing GPUs with engines elsewhere": (
+        (*DISTIL, "--colocate", "--weight-sync", "disk", "--rollout-engine-urls", "http://h:1"),
+        ("--colocate", "--rollout-engine-urls", "Drop either"),
+    ),
+    "sharing GPUs with nobody": (
+        (*DISTIL, "--colocate", "--load-debug-rollout-data", "a"),
+        ("--load-debug-rollout-data", "Drop --colocate"),
+    ),
+    "more GPUs to generate than are shared": (
+        (*DISTIL, "--colocate", "--actor-num-gpus-per-node", "4", "--rollout-num-gpus", "2"),
+        ("--colocate", "the 4 GPUs that train", "--rollout-num-gpus is 2"),
+    ),
+    "engines over the border of a node": (
+        (*DISTIL, "--colocate", "--actor-num-gpus-per-node", "4", "--rollout-num-gpus-per-engine", "3"),
+        ("--rollout-num-gpus-per-engine 3", "the 4 GPUs", "--colocate"),
+    ),
+    "buckets without room": (
+        (*DISTIL, "--update-weight-buffer-size", "0"),
+        ("--update-weight-buffer-size",),
+    ),
     "a file for a plugin": (
         (*DISTIL, "--custom-rm-path", "plugins/reward.py"),
         ("--custom-rm-path", "package.module"),
@@ -282,6 +314,24 @@ def test_contradiction_is_refused_and_names_its_flags(
     message = refusal(*flags, base=MINIMAL)
     assert [name for name in named if name not in message] == []
     assert "not available yet" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "way"),
+    [
+        ((), 0, "disk"),
+        ((), 8, "distributed"),
+        (("--colocate",), 0, "tensor"),
+        (("--colocate",), 8, "tensor"),
+        (("--colocate", "--weight-sync", "disk"), 8, "disk"),
+        (("--rollout-engine-urls", "http://h:1"), 8, "distributed"),
+    ],
+)
+def test_how_weights_are_sent_follows_from_what_there_is(
+    parsed: Callable[..., Args], monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], gpus: int, way: str
+) -> None:
+    monkeypatch.setattr("slime.arguments.weight_sync.visible_gpus", lambda: gpus)
+    assert parsed(*flags).weight_sync == way
 
 
 def test_all_problems_are_told_at_once(refusal: Callable[..., str]) -> None:

@@ -212,6 +212,43 @@ def test_while_memory_is_released_nobody_starts_a_server_or_lets_it_generate() -
     keeper.set_generating(True)
 
 
+def test_one_that_lives_is_started_anew_when_it_waits_for_another_that_is_gone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keeper, servers = make(restarts=1)
+    keeper.wait_ready()
+    with watched(keeper):
+        keeper.start_anew()
+        assert keeper.wait_ready().number == 1
+        assert servers[0].stopped == 1
+        with pytest.raises(RuntimeError, match=r"after 1 restarts \(--engine-restarts 1\)"):
+            keeper.start_anew()
+    assert "waits for another that is gone" in capsys.readouterr().out
+
+
+def test_one_that_has_just_been_started_anew_is_not_replaced_a_second_time() -> None:
+    """The dead one of two costs one restart, not two."""
+    keeper, servers = make(restarts=1)
+    keeper.wait_ready()
+    servers[0].alive = False
+    keeper.start_anew()
+    assert len(servers) == 1  # `watch` will see to it
+    with watched(keeper) as failures:
+        wait_until(lambda: len(servers) == 2, "not started anew")
+        keeper.start_anew()
+        assert keeper.wait_ready().number == 1
+    assert len(servers) == 2
+    assert failures == []
+
+
+def test_one_that_was_ready_is_not_asked_again_while_it_lives() -> None:
+    """Paused, it would say that it is not."""
+    keeper, servers = make()
+    keeper.wait_ready()
+    servers[0].starts = False
+    assert keeper.wait_ready().number == 0
+
+
 def test_nothing_is_started_once_the_run_ends() -> None:
     keeper, servers = make()
     keeper.wait_ready()
