@@ -72,6 +72,11 @@ class EngineGroup:
         self.urls: list[str] = cluster.wait(
             [actor.start.remote(gpus) for actor, gpus in zip(self._actors.values(), places, strict=True)]
         )
+        if len(set(self.urls)) < len(self.urls):
+            raise RuntimeError(
+                f"two engines were given the same port ({', '.join(sorted(self.urls))}): both asked for a free "
+                "one at the same moment. Start the run again."
+            )
         for name, actor in self._actors.items():
             cluster.stop_at_end(actor)
             cluster.watch(name)
