@@ -74,8 +74,8 @@ class EngineGroup:
         )
         if len(set(self.urls)) < len(self.urls):
             raise RuntimeError(
-                f"two engines were given the same port ({', '.join(sorted(self.urls))}): both asked for a free "
-                "one at the same moment. Start the run again."
+                f"two engines were given the same port ({', '.join(sorted(self.urls))}): both asked for a "
+                "free one at the same moment. Start the run again."
             )
         for name, actor in self._actors.items():
             cluster.stop_at_end(actor)
