@@ -55,6 +55,12 @@ if [ "$run_linters" = 1 ]; then
   check "shellcheck" "$bin/shellcheck" -x "${scripts[@]}"
   check "basedpyright" "$bin/basedpyright"
 fi
+if [ "$run_linters" = 1 ]; then
+  # These start few processes of their own, so two of them can run side by side.
+  beside=(tests/unit tests/invariants)
+  check "pytest ${beside[*]}" "$bin/python" -m pytest -n 2 --dist loadfile -m "$selection" "${beside[@]}"
+  pytest_args=("${beside[@]/#/--ignore=}")
+fi
 check "pytest ($selection)" "$bin/python" -m pytest -m "$selection" ${pytest_args[@]+"${pytest_args[@]}"}
 
 if [ "${#FAILED[@]}" -gt 0 ]; then
