@@ -6,7 +6,21 @@ cannot be used; asking again would not help.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 400
+_SHORT.maxlist = _SHORT.maxdict = 20
+_SHORT.maxlevel = 4
+
+
+def excerpt(value: Any, length: int = 200) -> str:
+    """Return the beginning of a foreign value as text.
+
+    `str` of one that is large would take long, and of one that is nested a thousand times it would fail.
+    """
+    return (value if isinstance(value, str) else _SHORT.repr(value))[:length]
 
 
 class EngineError(RuntimeError):

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.engines.control import EngineControl, MemoryTag
+from slime.engines.errors import excerpt
 from slime.engines.process import is_ready
 from slime.ray.cluster import Cluster
 from slime.ray.engine_actor import EngineActor
@@ -116,7 +117,9 @@ class ExternalEngines:
                         f"{self._patience:g} s (--engine-start-timeout). Start it, or correct the address."
                     )
                 time.sleep(READY_POLL_SECONDS)
-        sizes = [int(info.get("tp_size", 1)) for info in asyncio.run(self._server_info())]
+        sizes = [
+            _tp_size(url, info) for url, info in zip(self.urls, asyncio.run(self._server_info()), strict=True)
+        ]
         return [EngineMember(url=url, num_gpus=size) for url, size in zip(self.urls, sizes, strict=True)]
 
     def set_generating(self, generating: bool) -> None:
@@ -125,6 +128,16 @@ class ExternalEngines:
     async def _server_info(self) -> list[dict[str, Any]]:
         async with EngineControl(self.urls, role="student engine") as control:
             return await control.server_info()
+
+
+def _tp_size(url: str, info: Any) -> int:
+    size = info.get("tp_size", 1) if isinstance(info, dict) else None
+    if type(size) is not int or size < 1:
+        raise RuntimeError(
+            f"the engine at {url} says of itself (/server_info) tp_size = {excerpt(size)}; a number of "
+            "GPUs is needed. Is it an SGLang server, or one of ours?"
+        )
+    return size
 
 
 class NoEngines:
