@@ -12,6 +12,7 @@ import gc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -61,7 +62,7 @@ class Transport:
             AnswerError: the answer is longer than any can be.
         """
         headers = {"Content-Type": "application/json"}
-        if key:
+        if key and "@" not in urlsplit(url).netloc:  # a URL that names its user brings a key of its own
             headers["Authorization"] = f"Bearer {key}"
         data = None
         if body is not None:
