@@ -301,7 +301,8 @@ def _array(values: list[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
     kinds = {int} if issubclass(dtype, np.integer) else {int, float}
     if not set(map(type, values)) <= kinds:
         raise TypeError("there are other things than numbers in it")
-    return np.asarray(values, dtype)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        return np.asarray(values, dtype)
 
 
 def _long_rows(rows: list[Any], response_length: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -187,8 +187,14 @@ def _wave(custom: dict[str, Any]) -> Wave | None:
     if "wave" not in custom:
         return None
     name, size, order = custom["wave"], custom.get("wave_size"), custom.get("order")
-    whole = isinstance(size, int) and isinstance(order, int) and not isinstance(size, bool)
-    if not isinstance(name, str) or not whole or isinstance(order, bool) or size < 1:
+    truth = isinstance(size, bool) or isinstance(order, bool)
+    if (
+        not isinstance(name, str)
+        or not isinstance(size, int)
+        or not isinstance(order, int)
+        or truth
+        or size < 1
+    ):
         raise InvalidValue(
             "custom_params.wave (a string) needs wave_size (an integer >= 1) and order (an integer) beside "
             f"it, got wave={name!r}, wave_size={size!r}, order={order!r}."

@@ -194,7 +194,7 @@ def test_no_path_leaves_the_root(tmp_path: Path, make_noise: MakeNoise, encode: 
     by_flag = PictureAccess(root=inside.parent, named=True)
     for access in (by_default, by_flag):
         assert load_image(str(inside), access).size == (40, 40)
-        assert load_image("../root/a b.png", access).size == (40, 40)
+        assert load_image(f"../{inside.parent.name}/a b.png", access).size == (40, 40)
         for text in (str(outside), "../b.png", "link.png", "folder/b.png"):
             for read in (load_image, picture_key):
                 with pytest.raises(BadImageError, match="leads out"):
@@ -333,7 +333,7 @@ def test_nothing_is_fetched_unless_it_is_allowed(server: str) -> None:
 
 def test_url_has_a_time_limit_and_a_size_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.3)
-    with pytest.raises(BadImageError, match=r"not complete after 0.3 s"):
+    with pytest.raises(BadImageError, match=r"not complete after 0\.3 s|timed out"):
         load_image(f"{server}/slow.png", REMOTE)
     monkeypatch.setattr(images, "FETCH_SECONDS", 10.0)
     monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100_000)

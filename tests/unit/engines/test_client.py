@@ -10,10 +10,12 @@ from slime.engines.api import score_payload
 from slime.engines.client import EngineClient
 from slime.engines.errors import (
     AnswerError,
+    EngineError,
     EnginesLostError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    MissingScoreError,
     WrongAnswerError,
 )
 from slime.engines.replicas import Endpoint
