@@ -51,12 +51,18 @@ show() { printf '+%s\n' "$(quoted ' ' "$@")"; }
 # show_by_flag COMMAND...: the same with one flag a line.
 show_by_flag() { printf '  %s\n' "$(quoted $' \\\n    ' "$@")"; }
 
+# masked TEXT: with user and password of a URL left out, for what is printed may be kept.
+masked() {
+  if [[ "$1" =~ ^(.*://)[^/?#@]+@(.*)$ ]]; then printf '%s***@%s' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"; else printf '%s' "$1"; fi
+}
+
 # quoted SEPARATOR WORD...: the words as a shell reads them, SEPARATOR instead of a space before each flag.
 quoted() {
   local separator=$1 word
   shift
   for word in "$@"; do
     if [[ "$word" == --* ]]; then printf '%s' "$separator"; else printf ' '; fi
+    word="$(masked "$word")"
     if [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf '%s' "$word"; else printf '%s' "${word@Q}"; fi
   done
 }
@@ -276,13 +282,13 @@ print_configuration() {
     say "Without a GPU the tiny preset runs: $TINY_PRESET, through the same code as the real ones."
   elif [ "$NUM_GPUS" != 0 ]; then
     local signal="the task's reward"
-    if with_teacher; then signal="${SLIME_SCRIPT_TEACHER_URL:-$SLIME_SCRIPT_TEACHER_MODEL}"; fi
+    if with_teacher; then signal="$(masked "${SLIME_SCRIPT_TEACHER_URL:-$SLIME_SCRIPT_TEACHER_MODEL}")"; fi
     say "Student $SLIME_SCRIPT_STUDENT_MODEL learns from $signal."
   fi
   say "Configuration:"
   for name in "${KNOBS[@]}"; do
     variable="SLIME_SCRIPT_$name"
-    say "  $variable=${!variable}"
+    say "  $variable=$(masked "${!variable}")"
   done
   say "Training command:"
   show_by_flag "${TRAIN_COMMAND[@]}"

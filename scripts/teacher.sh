@@ -27,7 +27,7 @@ check_teacher_variables() {
   require_switches SLIME_SCRIPT_SKIP_DOCTOR
   if [ -n "$SLIME_SCRIPT_TEACHER_URL" ]; then
     [[ "$SLIME_SCRIPT_TEACHER_URL" =~ ^https?://[^/]+(/.*)?$ ]] ||
-      die "SLIME_SCRIPT_TEACHER_URL is $SLIME_SCRIPT_TEACHER_URL; it must look like http://HOST:PORT."
+      die "SLIME_SCRIPT_TEACHER_URL is $(masked "$SLIME_SCRIPT_TEACHER_URL"); it must look like http://HOST:PORT."
   fi
 }
 
@@ -135,7 +135,7 @@ teacher_ended() { [ -n "${TEACHER_PID:-}" ] && ! alive "$TEACHER_PID"; }
 
 # check_teacher: the pre-flight against the living teacher, ours or not, before anything is trained.
 check_teacher() {
-  local where="${SLIME_SCRIPT_TEACHER_URL:+ The teacher is SLIME_SCRIPT_TEACHER_URL=$SLIME_SCRIPT_TEACHER_URL.}"
+  local where="${SLIME_SCRIPT_TEACHER_URL:+ The teacher is SLIME_SCRIPT_TEACHER_URL=$(masked "$SLIME_SCRIPT_TEACHER_URL").}"
   if [ "$SLIME_SCRIPT_SKIP_DOCTOR" = 1 ]; then return; fi
   if ! step "${DOCTOR_COMMAND[@]}"; then
     if teacher_ended; then log_tail "$TEACHER_LOG"; fi

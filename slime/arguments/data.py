@@ -59,7 +59,11 @@ class DataArgs:
         at_least=1,
     )
     image_root: str | None = flag(
-        None, help="Folder below which relative picture paths are looked up. Default: the data file's folder."
+        None,
+        help="Folder that picture paths are relative to and may not leave. Default: the data file's folder.",
+    )
+    allow_remote_images: bool = flag(
+        False, help="Fetch pictures that rows name by http or https URLs; without it such a row is bad."
     )
     image_min_pixels: int | None = flag(
         None,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -35,6 +36,7 @@ FETCH_SECONDS = 20.0
 FETCH_ATTEMPTS = 3
 FETCH_BLOCK = 2**16
 URL_SCHEMES = ("http://", "https://")
+FILE_SCHEME = "file://"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,23 @@ class Picture(EncodedPicture):
     grid_thw: tuple[int, int, int]
 
 
-def picture_key(source: Any, image_root: str | Path | None = None, confined: bool = False) -> Hashable:
+@dataclass(frozen=True, kw_only=True)
+class PictureAccess:
+    """What the rows of a data set may name. Nobody vetted them, so it is little unless a flag says more."""
+
+    root: Path | None = None
+    """Folder that no path leaves, symbolic links followed; None allows no path at all."""
+    named: bool = False
+    """Whether the user named the root (`--image-root`); only then a row may write `file://`."""
+    remote: bool = False
+    """Whether http and https are fetched (`--allow-remote-images`)."""
+
+
+NOTHING_NAMED = PictureAccess()
+"""Pictures come with their bytes, or not at all."""
+
+
+def picture_key(source: Any, access: PictureAccess = NOTHING_NAMED) -> Hashable:
     """Return what tells a picture of a data row from others, without decoding it.
 
     Encoded bytes and data URIs are known by their content, local files by path, size and time of change, URLs
@@ -52,11 +70,11 @@ def picture_key(source: Any, image_root: str | Path | None = None, confined: boo
     """
     source = _plain(source)
     if isinstance(source, str) and source.startswith(URL_SCHEMES):
-        return "url", source
+        return "url", _allowed_url(source, access)
     if isinstance(source, str) and source.startswith("data:"):
         source = data_uri_bytes(source)
     if isinstance(source, str):
-        path = _local_path(source, image_root, confined)
+        path = _local_path(source, access)
         try:
             status = path.stat()
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -68,56 +86,80 @@ def picture_key(source: Any, image_root: str | Path | None = None, confined: boo
 
 
 def _plain(source: Any) -> Any:
-    """Return what a row's `{"bytes", "path"}` means."""
+    """Return what a row's `{"bytes", "path"}` means; nothing in it is such an object again."""
     if not isinstance(source, dict):
         return source
-    if source.get("bytes") is not None:
-        return source["bytes"]
-    inner = source.get("path") or source.get("url")
+    inner = source["bytes"] if source.get("bytes") is not None else source.get("path") or source.get("url")
     if inner is None:
         raise BadImageError("the picture has neither bytes nor a path.")
+    if not isinstance(inner, str | bytes | bytearray | memoryview):
+        raise BadImageError(
+            f"the picture's bytes or path are a {type(inner).__name__}; bytes or text is needed."
+        )
     return inner
 
 
-def load_image(source: Any, image_root: str | Path | None = None, confined: bool = False) -> Image.Image:
+def load_image(source: Any, access: PictureAccess = NOTHING_NAMED) -> Image.Image:
     """Open a picture of a data row: PIL, bytes, `{"bytes", "path"}`, path, http(s) URL or data URI.
 
-    A relative path is looked up below `image_root` and may not leave it; with `confined` no path may.
+    A path, relative to the root or absolute, must lie below it when its links are followed.
 
     Raises:
-        BadImageError: it cannot be had, decoded or used.
+        BadImageError: it cannot be had, decoded or used, or `access` does not allow it.
     """
     source = _plain(source)
     if isinstance(source, str) and source.startswith(URL_SCHEMES):
-        return decode_image(fetch(source))
+        return decode_image(fetch(_allowed_url(source, access)))
     if isinstance(source, str) and not source.startswith("data:"):
-        return open_image(_local_path(source, image_root, confined))
+        return open_image(_local_path(source, access))
     return open_image(source)
 
 
-def _local_path(text: str, image_root: str | Path | None, confined: bool) -> Path:
+def _allowed_url(url: str, access: PictureAccess) -> str:
+    if not access.remote:
+        raise BadImageError(
+            f"{url[:200]!r} is on another machine, and a row makes this one fetch nothing by default. Pass "
+            "--allow-remote-images if you trust the data, or download the pictures."
+        )
+    return url
+
+
+def _local_path(text: str, access: PictureAccess) -> Path:
     """Return the file that a row's path means, inside the root."""
+    if text.startswith(FILE_SCHEME):
+        if not access.named:
+            raise BadImageError(
+                f"{text[:80]!r} is taken only with --image-root, the folder that it must lie in; or give a "
+                "path relative to the data file."
+            )
+        text = unquote(text.removeprefix(FILE_SCHEME))
     if "://" in text[:20]:
         raise BadImageError(
             f"{text[:80]!r}: only http and https URLs are fetched; give a plain path for a file."
         )
-    path = Path(text)
-    if path.is_absolute() and not confined:
-        return path
-    if image_root is None:
+    if access.root is None:
         raise BadImageError(
-            f"{text[:200]!r} is a relative path and there is no folder it is relative to; set --image-root."
+            f"{text[:200]!r} is a path and there is no folder that it could be in; set --image-root."
         )
-    root = Path(image_root).resolve()
     try:
-        resolved = (root / path).resolve()
-    except (OSError, ValueError) as error:
+        root = access.root.resolve()
+        resolved = (root / text).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
         raise BadImageError(f"{text[:200]!r} is no path: {error}") from error
     if not resolved.is_relative_to(root):
         raise BadImageError(
             f"{text[:200]!r} leads out of the picture folder {root}; set --image-root to a folder above it."
         )
     return resolved
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection to another web page, and to nothing else."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith(URL_SCHEMES):
+            raise BadImageError(f"it sends us on to {newurl[:80]!r}, which is no http or https URL")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def fetch(url: str) -> bytes:
@@ -151,7 +193,7 @@ def _fetch_once(url: str, deadline: float) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": "slime-opd-vlm"})
     data = bytearray()
     timeout = max(0.1, deadline - time.monotonic())
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    with urllib.request.build_opener(_WebOnly).open(request, timeout=timeout) as answer:
         while block := answer.read1(FETCH_BLOCK):
             data += block
             if len(data) > MAX_IMAGE_BYTES:

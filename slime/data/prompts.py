@@ -16,6 +16,8 @@ PLACEHOLDER = "<image>"
 PICTURE_TEXT = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, "<|video_pad|>")
 IMAGE_PART_KEYS = ("image", "image_url")
+ROLES = ("system", "user", "assistant", "tool")
+"""The template writes a role as it is: free text there could open a turn."""
 
 
 class PromptError(ValueError):
@@ -119,6 +121,10 @@ class PromptBuilder:
     def _message(self, message: Any) -> dict[str, Any]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError("a message must be an object with role and content.")
+        if message["role"] not in ROLES:
+            raise PromptError(
+                f"a message has the role {message['role'][:40]!r}; {', '.join(ROLES)} are taken."
+            )
         content = message.get("content")
         if isinstance(content, str):
             return {"role": message["role"], "content": self._split(content)}
@@ -126,7 +132,7 @@ class PromptBuilder:
             raise PromptError(
                 f"a message's content is a {type(content).__name__}; text or a list of parts is needed."
             )
-        parts = [part for entry in content for part in self._part(entry)]
+        parts = [part for entry in _joined(content) for part in self._part(entry)]
         return {"role": message["role"], "content": parts}
 
     def _part(self, entry: Any) -> list[dict[str, Any]]:
@@ -135,7 +141,7 @@ class PromptBuilder:
             raise PromptError(
                 f"a part of a message is a {type(entry).__name__}; an object with a type is needed."
             )
-        if entry.get("type") == "text" and isinstance(entry.get("text"), str):
+        if _is_text(entry):
             return self._split(entry["text"])
         if entry.get("type") in IMAGE_PART_KEYS:
             source = next((entry[key] for key in IMAGE_PART_KEYS if entry.get(key) is not None), None)
@@ -171,6 +177,21 @@ class PromptBuilder:
             ordered.append(part["source"] if "source" in part else pending.pop(0))
             return {"type": "image"}
         return part
+
+
+def _joined(content: Sequence[Any]) -> list[Any]:
+    """Return the parts with neighbouring texts as one: a token must not be hidden by cutting it in two."""
+    joined: list[Any] = []
+    for entry in content:
+        if _is_text(entry) and joined and _is_text(joined[-1]):
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + entry["text"]}
+        else:
+            joined.append(entry)
+    return joined
+
+
+def _is_text(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.get("type") == "text" and isinstance(entry.get("text"), str)
 
 
 def _placeholders(message: Mapping[str, Any]) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -12,7 +14,14 @@ import orjson
 from slime.arguments.data import DataArgs
 from slime.data.errors import BadRow, DataError
 from slime.data.expand import expanded_length
-from slime.data.images import Picture, load_image, picture_key, pixel_limits, prepare_picture
+from slime.data.images import (
+    Picture,
+    PictureAccess,
+    load_image,
+    picture_key,
+    pixel_limits,
+    prepare_picture,
+)
 from slime.data.picture_store import PictureStore
 from slime.data.prompts import PromptBuilder, PromptDraft, PromptError
 from slime.data.reader import RowRef, data_folder, read_rows
@@ -89,8 +98,11 @@ class RowPreparer:
         self._blank = blank
         self._image_processor = processor.image_processor
         self._merge_size = 1 if processor.image_processor is None else processor.image_processor.merge_size
-        self._image_root = args.image_root or data_folder(source)
-        self._confined = args.image_root is not None
+        self._access = PictureAccess(
+            root=data_folder(source) if args.image_root is None else Path(args.image_root),
+            named=args.image_root is not None,
+            remote=args.allow_remote_images,
+        )
         self._recipe = (blank, args.image_min_pixels, args.image_max_pixels)
         """What a prepared picture depends on besides its source; the processor is the run's."""
         self._image_column = args.multimodal_keys.get("image")
@@ -150,7 +162,7 @@ class RowPreparer:
                 self._require_teacher(row, metadata)
                 pictures = [None] * self._count_pictures(row)
                 self._draft(row, prompt, pictures)
-                said = orjson.dumps([prompt, label, len(pictures)], default=str)
+                said = _bytes_of(row, [prompt, label, len(pictures)])
             except BadRow as error:
                 if self._args.bad_rows == "refuse":
                     raise
@@ -177,10 +189,12 @@ class RowPreparer:
         values = row.get([column for column in self._columns() if column != self._image_column])
         prompt = _present(row, values, args.input_key, "--input-key")
         label = None if args.label_key is None else _present(row, values, args.label_key, "--label-key")
-        if label is not None and not isinstance(label, str | int | float):
+        if label is not None and (isinstance(label, bool) or not isinstance(label, str | int | float)):
             raise row.bad(
                 f"the label in column {args.label_key!r} is a {type(label).__name__}; text is needed."
             )
+        if isinstance(label, float) and not math.isfinite(label):  # how tables write that nothing is there
+            raise row.bad(f"the label in column {args.label_key!r} is {label}; text is needed.")
         metadata = values.get(args.metadata_key)
         if metadata is not None and not isinstance(metadata, dict):
             raise row.bad(
@@ -236,13 +250,13 @@ class RowPreparer:
     def _picture(self, row: RowRef, number: int, source: Any) -> Picture:
         """Return one picture of a row as the store has it, prepared when this is its first turn."""
         try:
-            key = picture_key(source, self._image_root, confined=self._confined)
+            key = picture_key(source, self._access)
             return self._store.get((key, *self._recipe), lambda: self._make(source))
         except BadImageError as error:
             raise row.bad(f"picture {number}: {error}") from error
 
     def _make(self, source: Any) -> Picture:
-        image = load_image(source, self._image_root, confined=self._confined)
+        image = load_image(source, self._access)
         if self._blank:
             image = blank_like(image)
         args = self._args
@@ -258,6 +272,13 @@ class RowPreparer:
                 f"the prompt has {length} tokens, picture tokens included, and --rollout-max-prompt-len is "
                 f"{limit}."
             )
+
+
+def _bytes_of(row: RowRef, said: Any) -> bytes:
+    try:
+        return orjson.dumps(said, default=str, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError as error:
+        raise row.bad(f"the prompt holds what cannot be written as JSON: {error}.") from error
 
 
 def _present(row: RowRef, values: Mapping[str, Any], column: str, flag: str) -> Any:

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from slime.engines.errors import AnswerError, EngineAbortedError, MissingScoreError
+from slime.engines.errors import AnswerError, EngineAbortedError, MissingScoreError, excerpt
 
 JsonDict = dict[str, Any]
+ENDINGS = ("stop", "length")
 Triple = Sequence[Any]
 """`[log-prob or null, token id, text or null]`, as the server sends it."""
 
+ROUNDING = 1e-3
+"""Between two numbers that the server made from the same logits."""
+LOWEST = -3.4028234663852886e38
+"""What float32, in which log-probs are kept, can still hold."""
 BAN_BIAS = -1.0e5
 """Added to the logit of a token that must never be sampled: beyond any real logit, and finite, as JSON
 demands."""
@@ -131,36 +136,42 @@ def parse_generate(answer: Any, *, vocab_size: int | None = None) -> GenerateAns
     """
     meta = meta_info(answer)
     tokens = field(answer, "output_ids", list)
-    if not set(map(type, tokens)) <= {int}:
-        raise AnswerError(f"`output_ids` is {str(tokens)[:200]!r}; token ids are needed.")
+    if not set(map(type, tokens)) <= {int} or (tokens and min(tokens) < 0):
+        raise AnswerError(f"`output_ids` is {excerpt(tokens)!r}; token ids are needed.")
+    if vocab_size is not None and tokens and max(tokens) >= vocab_size:
+        raise AnswerError(f"`output_ids` holds {max(tokens)}; the vocabulary has {vocab_size} ids.")
     triples = triples_of(meta, "output_token_logprobs")
     if len(tokens) != len(triples):
         raise AnswerError(f"the engine sampled {len(tokens)} tokens and sent {len(triples)} log-probs.")
     for position, (token, triple) in enumerate(zip(tokens, triples, strict=True)):
         if not same_id(token, triple[1], vocab_size):
-            raise AnswerError(f"output_ids[{position}] is {token} and its log-prob is for id {triple[1]}.")
+            raise AnswerError(
+                f"output_ids[{position}] is {token} and its log-prob is for id {excerpt(triple[1])}."
+            )
     return GenerateAnswer(
         text=field(answer, "text", str),
         tokens=tokens,
         log_probs=[
-            number(triple[0], f"output log-prob {position}") for position, triple in enumerate(triples)
+            log_prob(triple[0], f"output log-prob {position}") for position, triple in enumerate(triples)
         ],
         truncated=finish_type(meta) == "length",
-        prompt_tokens=field(meta, "prompt_tokens", int),
-        cached_tokens=field(meta, "cached_tokens", int) if meta.get("cached_tokens") else 0,
+        prompt_tokens=count(meta, "prompt_tokens"),
+        cached_tokens=count(meta, "cached_tokens") if meta.get("cached_tokens") else 0,
         weight_versions=_weight_versions(meta),
     )
 
 
 def same_id(sent: int, reported: Any, vocab_size: int | None) -> bool:
     """Say whether the server's id stands for ours; ids from `vocab_size - 1` on come back as 0."""
+    if type(reported) is not int:  # 1.0 and true are equal to 1, and no ids
+        return False
     return reported == sent or (reported == 0 and vocab_size is not None and sent >= vocab_size - 1)
 
 
 def meta_info(answer: Any) -> JsonDict:
     if not isinstance(answer, dict):
         raise AnswerError(
-            f"/generate answered {type(answer).__name__} {str(answer)[:200]!r}; one JSON object is needed."
+            f"/generate answered {type(answer).__name__} {excerpt(answer)!r}; one JSON object is needed."
         )
     return field(answer, "meta_info", dict)
 
@@ -169,7 +180,15 @@ def field(record: Mapping[str, Any], key: str, kind: type) -> Any:
     """Return `record[key]`, which must be of type `kind`."""
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise AnswerError(f"the answer's `{key}` is {str(value)[:200]!r}; {kind.__name__} is needed.")
+        raise AnswerError(f"the answer's `{key}` is {excerpt(value)!r}; {kind.__name__} is needed.")
+    return value
+
+
+def count(record: Mapping[str, Any], key: str) -> int:
+    """Return `record[key]`, which must be a number of things."""
+    value = field(record, key, int)
+    if value < 0:
+        raise AnswerError(f"the answer's `{key}` is {value}; 0 or more is needed.")
     return value
 
 
@@ -178,11 +197,14 @@ def finish_type(meta: Mapping[str, Any]) -> str:
     reason = field(meta, "finish_reason", dict)
     if reason.get("type") == "abort":
         raise EngineAbortedError(
-            f"the server aborted the request: {reason.get('message') or 'no reason given'}."
+            f"the server aborted the request: {excerpt(reason.get('message') or 'no reason given', 500)}."
         )
     if reason.get("matched") == "NaN happened":
         raise AnswerError("the server met NaN while it generated; its weights or numerics are broken.")
-    return field(reason, "type", str)
+    kind = field(reason, "type", str)
+    if kind not in ENDINGS:
+        raise AnswerError(f"the request ended by {kind[:80]!r}; {' or '.join(ENDINGS)} is understood.")
+    return kind
 
 
 def triples_of(meta: Mapping[str, Any], key: str) -> list[Triple]:
@@ -190,18 +212,29 @@ def triples_of(meta: Mapping[str, Any], key: str) -> list[Triple]:
     for position, triple in enumerate(triples):
         if not isinstance(triple, list) or len(triple) < 2:
             raise AnswerError(
-                f"`{key}[{position}]` is {str(triple)[:100]!r}; [log-prob, token id, text] is needed."
+                f"`{key}[{position}]` is {excerpt(triple, 100)!r}; [log-prob, token id, text] is needed."
             )
     return triples
 
 
 def number(value: Any, what: str) -> float:
     """Return a finite float. JSON has no NaN or infinity: the server writes `null` for them."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
         raise MissingScoreError(
-            f"{what} is {value!r}; a finite number is needed (null stands for NaN or -inf on the server)."
+            f"{what} is {excerpt(value)}; a finite number is needed (null stands for NaN or -inf on the "
+            "server)."
         )
+    if abs(value) > -LOWEST:  # an integer may be too large for any float
+        raise MissingScoreError(f"{what} is beyond what a float32 holds; a log-prob is needed.")
     return float(value)
+
+
+def log_prob(value: Any, what: str) -> float:
+    """Return a finite number that the logarithm of a probability can be."""
+    checked = number(value, what)
+    if not LOWEST < checked <= ROUNDING:
+        raise AnswerError(f"the {what} is {checked:g}; none is above 0.")
+    return checked
 
 
 def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
@@ -210,5 +243,5 @@ def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
         return [str(field(meta, "weight_version", str))]
     spans = field(meta, "weight_versions", list)
     if not all(isinstance(span, dict) for span in spans):
-        raise AnswerError(f"`weight_versions` is {str(spans)[:200]!r}; a list of objects is needed.")
+        raise AnswerError(f"`weight_versions` is {excerpt(spans)!r}; a list of objects is needed.")
     return list(dict.fromkeys(str(field(span, "version", str)) for span in spans))

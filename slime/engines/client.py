@@ -22,6 +22,7 @@ from slime.engines.errors import (
     HttpError,
     StaleWeightsError,
     WrongAnswerError,
+    excerpt,
 )
 from slime.engines.replicas import Endpoint, Replica, Replicas
 from slime.engines.retry import Retry
@@ -240,8 +241,8 @@ class EngineClient:
         version = _meta(answer).get("weight_version")
         if self._version is not None and version not in (None, self._version):
             raise StaleWeightsError(
-                f"the {self.role} at {url} answered with weights {version!r}, and {self._version!r} are the "
-                f"current ones: it was started anew. {self._remedy}"
+                f"the {self.role} at {url} answered with weights {excerpt(version)!r}, and "
+                f"{self._version!r} are the current ones: it was started anew. {self._remedy}"
             )
 
     # ---- replicas that fail ----
@@ -277,7 +278,8 @@ class EngineClient:
             if self._version is None:
                 return True
             info = await self._get(endpoint.base_url + "/model_info")
-            return self._transport.parse(endpoint.base_url, info).get("weight_version") == self._version
+            said = self._transport.parse(endpoint.base_url, info)
+            return isinstance(said, dict) and said.get("weight_version") == self._version
         except HttpError as error:
             # an older server does not know the path, and is there
             return error.status in (404, 405)

@@ -15,6 +15,7 @@ from slime.engines.errors import (
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    excerpt,
 )
 from slime.engines.replicas import Endpoint
 from slime.engines.retry import Retry
@@ -182,7 +183,7 @@ class EngineControl:
         """
         answer = self._transport.parse(url, await self._request(url, body))
         if isinstance(answer, dict) and answer.get("success") is False:
-            raise EngineError(f"{url} was not done: {str(answer.get('message'))[:500]}. {self._remedy}")
+            raise EngineError(f"{url} was not done: {excerpt(answer.get('message'), 500)}. {self._remedy}")
         return answer
 
     async def _request(self, url: str, body: Body | None) -> bytes:
@@ -241,7 +242,9 @@ class EngineControl:
             await self._flush(base_url, FLUSH_PATIENCE)
             return
         if not (isinstance(answer, dict) and answer.get("success")):
-            raise EngineError(f"{url} did not load {body['model_path']}: {str(answer)[:500]}. {self._remedy}")
+            raise EngineError(
+                f"{url} did not load {body['model_path']}: {excerpt(answer, 500)}. {self._remedy}"
+            )
 
 
 def _named(version: str | None) -> dict[str, str]:

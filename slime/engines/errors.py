@@ -6,11 +6,35 @@ cannot be used; asking again would not help.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from typing import Any
+
+_USER = re.compile(r"(?<=://)[^\s/?#@]+@")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 400
+_SHORT.maxlist = _SHORT.maxdict = 20
+_SHORT.maxlevel = 4
+
+
+def excerpt(value: Any, length: int = 200) -> str:
+    """Return the beginning of a foreign value as text.
+
+    `str` of one that is large would take long, and of one that is nested a thousand times it would fail.
+    """
+    return (value if isinstance(value, str) else _SHORT.repr(value))[:length]
+
+
+def without_users(text: str) -> str:
+    """Return a text with user and password of its URLs masked."""
+    return _USER.sub("***@", text)
 
 
 class EngineError(RuntimeError):
-    """A server did not do what was asked of it."""
+    """A server did not do what was asked of it. User and password of the URLs in its message are masked."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(without_users(text) if isinstance(text, str) else text for text in arguments))
 
 
 class HttpError(EngineError):

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slime.engines.api import Triple, field, finish_type, meta_info, number, same_id
+from slime.engines.api import (
+    LOWEST,
+    ROUNDING,
+    Triple,
+    count,
+    field,
+    finish_type,
+    log_prob,
+    meta_info,
+    same_id,
+)
 from slime.engines.errors import (
     AnswerError,
     LengthMismatchError,
@@ -24,12 +34,8 @@ from slime.engines.errors import (
     ScoreMismatchError,
     ShortScoresError,
     TokenMismatchError,
+    excerpt,
 )
-
-ROUNDING = 1e-3
-"""Between two numbers that the server made from the same logits."""
-LOWEST = -float(np.finfo(np.float32).max)
-"""What float32, in which scores are kept, can still hold."""
 
 
 def score_triples(
@@ -89,7 +95,7 @@ def _columns(triples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     except (TypeError, IndexError, KeyError) as error:
         bad = next(triple for triple in triples if not isinstance(triple, list | tuple) or len(triple) < 2)
         raise AnswerError(
-            f"`input_token_logprobs` holds {str(bad)[:100]!r}; [log-prob, token id, text] is needed."
+            f"`input_token_logprobs` holds {excerpt(bad, 100)!r}; [log-prob, token id, text] is needed."
         ) from error
 
 
@@ -102,20 +108,18 @@ def _require_numbers(values: Sequence[Any]) -> None:
     ):
         return
     for position, value in enumerate(values):
-        checked = number(value, f"log-prob of response token {position}")
-        if not LOWEST < checked <= ROUNDING:
-            raise AnswerError(f"the log-prob of response token {position} is {checked:g}; none is above 0.")
+        log_prob(value, f"log-prob of response token {position}")
 
 
 def _check_counts(meta: Mapping[str, Any], prompt_tokens: int | None, image_tokens: int | None) -> None:
     """Compare the server's counts with ours. The picture first: without it the length is wrong as well."""
     if image_tokens and "image_tokens" in meta and meta["image_tokens"] != image_tokens:
         raise PictureMismatchError(
-            f"the server counts image_tokens = {meta['image_tokens']} and we count {image_tokens}: the "
-            "picture did not arrive, or its processor resizes it otherwise than ours. Compare both "
+            f"the server counts image_tokens = {excerpt(meta['image_tokens'])} and we count {image_tokens}: "
+            "the picture did not arrive, or its processor resizes it otherwise than ours. Compare both "
             "checkpoints' preprocessor_config.json."
         )
-    reported = field(meta, "prompt_tokens", int)
+    reported = count(meta, "prompt_tokens")
     if prompt_tokens is None or reported == prompt_tokens:
         return
     error = PictureMismatchError if image_tokens else LengthMismatchError
@@ -143,7 +147,7 @@ def check_receipt(triples: Sequence[Triple], tokens: Sequence[int], vocab_size: 
 def _compare(ids: Sequence[Any], tokens: Sequence[int], vocab_size: int | None) -> None:
     if len(ids) != len(tokens):
         raise ShortScoresError(f"{len(ids)} positions were scored and {len(tokens)} tokens were sampled.")
-    if ids == tokens:
+    if ids == tokens and set(map(type, ids)) <= {int}:
         return
     pairs = enumerate(zip(ids, tokens, strict=True))
     wrong = [place for place, (reported, token) in pairs if not same_id(token, reported, vocab_size)]
@@ -274,16 +278,31 @@ def _tail_mass(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 def _flat_rows(meta: Mapping[str, Any], form: str, part: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """Return one of the two flat arrays as [rows, K]; rows are the positions behind the null prefix."""
     shape = field(meta, f"{form}_shape", list)
+    if len(shape) != 2 or not set(map(type, shape)) <= {int} or min(shape) < 0:
+        raise AnswerError(f"`{form}_shape` is {excerpt(shape)}; [rows, K] is needed.")
     try:
         if f"{form}_{part}_flat_b64" in meta:
             raw = base64.b64decode(meta[f"{form}_{part}_flat_b64"], validate=True)
             flat = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype)
         else:
-            flat = np.asarray(field(meta, f"{form}_{part}_flat", list), dtype)
+            flat = _array(field(meta, f"{form}_{part}_flat", list), dtype)
         rows, width = shape
         return flat.reshape(rows, width)
     except (ValueError, TypeError, OverflowError, binascii.Error) as error:
-        raise AnswerError(f"`{form}_{part}_flat` cannot be read as {shape}: {error}") from error
+        raise AnswerError(f"`{form}_{part}_flat` cannot be read as {shape}: {excerpt(str(error))}") from error
+
+
+def _array(values: list[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """Return numbers [N] of JSON as an array, which of itself would cut 1.7 to 1 and read text and `true`.
+
+    Raises:
+        TypeError: there is something else among them.
+    """
+    kinds = {int} if issubclass(dtype, np.integer) else {int, float}
+    if not set(map(type, values)) <= kinds:
+        raise TypeError("there are other things than numbers in it")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        return np.asarray(values, dtype)
 
 
 def _long_rows(rows: list[Any], response_length: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -295,8 +314,11 @@ def _long_rows(rows: list[Any], response_length: int) -> tuple[npt.NDArray[Any],
         )
     tail = rows[len(rows) - response_length :]
     try:
-        values = np.asarray([[triple[0] for triple in row] for row in tail], np.float32)
-        ids = np.asarray([[triple[1] for triple in row] for row in tail], np.int32)
+        width = len(tail[0]) if tail else 0
+        if any(len(row) != width for row in tail):
+            raise ValueError("its rows have different lengths")
+        values = _array([triple[0] for row in tail for triple in row], np.float32)
+        ids = _array([triple[1] for row in tail for triple in row], np.int32)
+        return values.reshape(len(tail), width), ids.reshape(len(tail), width)
     except (TypeError, IndexError, KeyError, ValueError, OverflowError) as error:
-        raise AnswerError(f"`input_top_logprobs` cannot be read: {error}") from error
-    return values, ids
+        raise AnswerError(f"`input_top_logprobs` cannot be read: {excerpt(str(error))}") from error

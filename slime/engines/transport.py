@@ -12,6 +12,7 @@ import gc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -27,6 +28,8 @@ from slime.engines.errors import (
 KEEP_ALIVE_SECONDS = 4.0
 """Below uvicorn's 5 s: we drop an idle connection before the server closes it under a request."""
 CONNECT_SECONDS = 10.0
+MAX_ANSWER_BYTES = 2**30
+"""Far more than the longest response's scores; a server that never stops sending must not fill the memory."""
 
 T = TypeVar("T")
 
@@ -56,9 +59,10 @@ class Transport:
             EngineUnreachableError: there was no connection, it broke, or what came is no HTTP.
             EngineTimeoutError: no answer within `seconds`.
             HttpError: an error status.
+            AnswerError: the answer is longer than any can be.
         """
         headers = {"Content-Type": "application/json"}
-        if key:
+        if key and "@" not in urlsplit(url).netloc:  # a URL that names its user brings a key of its own
             headers["Authorization"] = f"Bearer {key}"
         data = None
         if body is not None:
@@ -69,12 +73,16 @@ class Transport:
             async with self._pool().request(
                 method, url, data=data, headers=headers, timeout=limits, allow_redirects=False
             ) as response:
-                answer = await response.read()
+                answer = await _whole_body(response)
         except aiohttp.ConnectionTimeoutError as error:
             raise self._unreachable(url, error) from error
         except TimeoutError as error:
             raise EngineTimeoutError(
                 f"the {self._role} at {url} gave no answer within {seconds:.0f} s. {self._remedy}"
+            ) from error
+        except _TooLarge as error:
+            raise AnswerError(
+                f"the {self._role} at {url} answered with more than {MAX_ANSWER_BYTES} bytes. {self._remedy}"
             ) from error
         except aiohttp.ClientError as error:  # lost connections, cut bodies, what is no HTTP
             raise self._unreachable(url, error) from error
@@ -127,6 +135,21 @@ class Transport:
         return EngineUnreachableError(
             f"the {self._role} at {url} cannot be reached: {reason}. {self._remedy}"
         )
+
+
+class _TooLarge(Exception):  # noqa: N818 (an answer, not yet a fault of ours to report)
+    """An answer is longer than any can be."""
+
+
+async def _whole_body(response: aiohttp.ClientResponse) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise _TooLarge
+        parts.append(part)
+    return b"".join(parts)
 
 
 @contextmanager

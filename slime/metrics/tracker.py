@@ -186,5 +186,6 @@ def _start_wandb(args: TrackerArgs) -> Any:
         mode=args.wandb_mode if has_key else "offline",
         dir=args.output_dir,
         config=args.as_dict(),
-        settings=wandb.Settings(silent=True, console="off"),
+        # What it notes of the machine holds the command line, with what a URL on it may hold.
+        settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
     )

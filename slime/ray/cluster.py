@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.engines.errors import EnginesLostError
 from slime.engines.sglang_engine import LOOPBACK_HOSTS
+from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from slime.metrics.trace import Span
 from slime.ray.actor import Actor, Surroundings, log_path, terminal_name
 from slime.ray.interrupts import listen, shielded
@@ -42,7 +43,7 @@ POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0
 LOG_TAIL_LINES = 30
 ANSI_COLOURS = re.compile(r"\x1b\[\d*m")
-PASSED_ON = ("SLIME_ENGINE_ADMIN_KEY", "SLIME_ENGINE_API_KEY", "OMP_WAIT_POLICY")
+PASSED_ON = (ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, "OMP_WAIT_POLICY")
 RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # It would kill our workers for memory that others on the machine use.
@@ -70,16 +71,20 @@ class Cluster:
         self._alarms: dict[ray.ObjectRef, str] = {}
         self._expected: list[ray.ObjectRef] = []
         self._to_stop: list[Any] = []
-        self._surroundings = Surroundings(
-            output_dir=str(Path(args.output_dir).resolve()),
-            log_level=args.log_level,
-            environment=_environment(invents_key=not args.rollout_engine_urls),
-            terminal=terminal_name() if args.ray_address is None else None,
-        )
+        self._environment = _environment(invents_key=not args.rollout_engine_urls)
 
     def __enter__(self) -> Self:
         try:
             self._start_ray()
+            if not (self.one_machine or self._args.rollout_engine_urls):
+                # Engines then listen where other machines reach them. All who ask them are actors of ours.
+                self._environment.setdefault(API_KEY_VARIABLE, secrets.token_hex(16))
+            self._surroundings = Surroundings(
+                output_dir=str(Path(self._args.output_dir).resolve()),
+                log_level=self._args.log_level,
+                environment=self._environment,
+                terminal=terminal_name() if self._args.ray_address is None else None,
+            )
             self.resources: Resources = plan_resources(self._args, int(ray.cluster_resources().get("GPU", 0)))
         except BaseException:
             self.stop()
@@ -238,7 +243,7 @@ def _environment(*, invents_key: bool) -> dict[str, str]:
     """
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if invents_key:
-        variables.setdefault("SLIME_ENGINE_ADMIN_KEY", secrets.token_hex(16))
+        variables.setdefault(ADMIN_KEY_VARIABLE, secrets.token_hex(16))
     # Threads that wait by spinning take the cores of the processes that they wait for: ten times slower when
     # trainer, engine and teacher share two cores.
     variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -11,6 +11,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.engines.control import EngineControl, MemoryTag
+from slime.engines.errors import excerpt
 from slime.ray.cluster import Cluster
 from slime.ray.engine_actor import EngineActor
 from slime.weight_sync.base import EngineMember
@@ -121,7 +122,8 @@ class ExternalEngines:
         Raises:
             RuntimeError: one of them does not, within `--engine-start-timeout`, or refuses our key.
         """
-        sizes = [int(info.get("tp_size", 1)) for info in asyncio.run(self._server_info())]
+        infos = asyncio.run(self._server_info())
+        sizes = [_tp_size(url, info) for url, info in zip(self.urls, infos, strict=True)]
         return [EngineMember(url=url, num_gpus=size) for url, size in zip(self.urls, sizes, strict=True)]
 
     def set_generating(self, generating: bool) -> None:
@@ -136,6 +138,16 @@ class ExternalEngines:
             self.urls, role="student engine", remedy=remedy, patience=self._patience
         ) as control:
             return await control.server_info()
+
+
+def _tp_size(url: str, info: Any) -> int:
+    size = info.get("tp_size", 1) if isinstance(info, dict) else None
+    if type(size) is not int or size < 1:
+        raise RuntimeError(
+            f"the engine at {url} says of itself (/server_info) tp_size = {excerpt(size)}; a number of "
+            "GPUs is needed. Is it an SGLang server, or one of ours?"
+        )
+    return size
 
 
 class NoEngines:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import torch
 
 from slime.engines.api import finish_type
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 
 RewardFunction = Callable[..., Awaitable[Any]]
 PostProcess = Callable[..., tuple[Sequence[float], Sequence[float]]]
+
+
+KEY_STATUSES = (401, 403)
+
+
+class TeacherKeyError(RuntimeError):
+    """The teacher asks for a key that the plugin does not send; asking again would not help."""
 
 
 class Rewards:
@@ -63,6 +71,7 @@ class Rewards:
 
         Raises:
             EngineError: a score is misaligned, or too many are missing (see `Failures.record`).
+            TeacherKeyError: the plugin's request was refused for its key.
         """
         if sample.status not in TRAINED:
             return
@@ -88,7 +97,18 @@ class Rewards:
                 sample.reward = await self._reward(self._args, sample)
             self._check_receipt(sample)
         except SCORING_ERRORS as error:
+            if isinstance(error, aiohttp.ClientResponseError) and error.status in KEY_STATUSES:
+                raise self._no_key() from error
             failures.record(sample, error)
+
+    def _no_key(self) -> TeacherKeyError:
+        name = self._args.custom_rm_path or "the reward function"
+        return TeacherKeyError(
+            f"the teacher asks for a key, and {name} sent none that it takes: plugins of upstream's form "
+            "post without a header. Let the plugin call slime.rollout.on_policy_distillation.reward_func (or "
+            "score_response, as examples/opd_vlm/opd_vlm_reward.py does), which sends SLIME_ENGINE_API_KEY, "
+            "or serve the teacher on 127.0.0.1, where /generate needs no key."
+        )
 
     async def finish(self, samples: list[Sample]) -> None:
         """Let the plugin post-process the rollout, check what it left, and reduce rewards to numbers.
@@ -144,7 +164,10 @@ class Rewards:
             EngineAbortedError: the server cut the request off.
             AnswerError: a log-prob is missing or no log-prob.
             ScoreMismatchError: the teacher scored other ids than were sampled.
+            TeacherKeyError: the answer is that a key is missing.
         """
+        if isinstance(sample.reward, dict) and sample.reward.get("error") == "Unauthorized":
+            raise self._no_key()
         triples = _scored_triples(sample.reward)
         if triples is None or sample.response_length == 0:
             return

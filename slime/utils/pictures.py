@@ -16,6 +16,7 @@ import binascii
 import hashlib
 import io
 import re
+import stat
 import struct
 import weakref
 import zlib
@@ -68,18 +69,26 @@ def open_image(source: Image.Image | bytes | str | Path | dict[str, Any]) -> Ima
     if isinstance(source, str) and source.startswith("data:"):
         return decode_image(data_uri_bytes(source))
     if isinstance(source, str | Path):
-        return decode_image(_read_file(Path(source)))
+        return decode_image(read_file(Path(source)))
     raise BadImageError(
         f"a picture cannot be a {type(source).__name__}; give bytes, a path, a URL, a data URI or PIL."
     )
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Return the bytes of an encoded picture's file.
+
+    Raises:
+        BadImageError: it is not there, no plain file, or too large.
+    """
     try:
-        size = path.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            raise BadImageError(f"{path} has {size} bytes; at most {MAX_IMAGE_BYTES} are read.")
-        return path.read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device read without end
+            raise BadImageError(f"{str(path)[:200]} is no file.")
+        if status.st_size > MAX_IMAGE_BYTES:
+            raise BadImageError(f"{path} has {status.st_size} bytes; at most {MAX_IMAGE_BYTES} are read.")
+        with path.open("rb") as file:  # one that grows, or says that it is empty, is not read without end
+            return file.read(MAX_IMAGE_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         if isinstance(error, BadImageError):
             raise

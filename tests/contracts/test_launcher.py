@@ -241,6 +241,13 @@ def test_a_wandb_key_turns_wandb_on_and_is_printed_nowhere(tmp_path: Path) -> No
     assert "planted-secret" not in launched.stdout + launched.stderr
 
 
+def test_a_password_in_the_teachers_url_is_printed_nowhere(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    launched = machine.dry_run(**machine.local(), TEACHER_URL="http://user:planted-secret@host:13141")
+    assert "http://***@host:13141" in launched.stdout
+    assert "planted-secret" not in launched.stdout + launched.stderr
+
+
 def test_the_output_folder_is_fresh_and_printed_first_and_last(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     lines = machine.dry_run(**machine.local()).stdout.splitlines()

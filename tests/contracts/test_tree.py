@@ -88,6 +88,17 @@ def test_torch_load_reads_weights_only() -> None:
     assert [line for line in found if "weights_only=True" not in line] == []
 
 
+def test_nothing_foreign_is_run_as_code() -> None:
+    """The engine's reader of weights, which takes a list of names and no other, is the one user of pickle."""
+    sources = [*SOURCES, *tracked("scripts/*.py")]
+    assert not lines_matching(sources, r"(?<![\w.])(eval|exec)\(|trust_remote_code|shell=True|yaml\.load\(")
+    assert not lines_matching(sources, r"allow_pickle|weights_only=False|\b(marshal|shelve|dill)\b")
+    users = {
+        line.split(":")[0] for line in lines_matching(sources, r"^\s*(import|from) (pickle|cloudpickle)\b")
+    }
+    assert users == {"slime/engines/transformers_engine/weight_payload.py"}
+
+
 def test_every_module_says_what_it_is() -> None:
     silent = [path for path in SOURCES if ast.get_docstring(ast.parse(path.read_text())) is None]
     assert not [relative(path) for path in silent]

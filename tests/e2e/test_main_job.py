@@ -11,6 +11,15 @@ from PIL import Image
 from slime.engines.process import ServerProcess
 from tests.fakes.jobs import arguments, running
 
+IN_URL = "planted0in0a0url"
+SECRETS = {
+    "WANDB_API_KEY": "0planted0for0wandb" + "0" * 22,
+    "HF_TOKEN": "hf_plantedplantedplantedplantedplanted",
+    "SLIME_ENGINE_ADMIN_KEY": "planted0for0the0control0verbs",
+    "SLIME_ENGINE_API_KEY": "planted0for0everybody",
+}
+"""What must not be found in anything that a run leaves."""
+
 
 def _metrics(output_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -23,7 +32,13 @@ def finished(
     """Run a job of two rollouts to its end; return its output folder and console."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     flags = ("--eval-teacher", "--save", str(folder / "checkpoints"), "--save-interval", "1")
-    with running(arguments(data, teacher.url, folder, *flags), folder) as job:
+    flags += ("--wandb-mode", "offline", "--save-debug-rollout-data", str(folder / "recorded"))
+    flags += ("--log-level", "debug")
+    url = teacher.url.replace("://", f"://user:{IN_URL}@")
+    with running(arguments(data, url, folder, *flags), folder, SECRETS) as job:
+        job.wait_for("rollout 1/2")
+        for process in job.find_all(r"transformers_engine|ray::"):
+            assert not any(secret in " ".join(process.cmdline()) for secret in SECRETS.values())
         status = job.wait()
         assert status == 0, job.console
         job.assert_nothing_left()
@@ -58,6 +73,29 @@ def test_answers_after_a_sync_come_from_the_new_weights(finished):
         record["train_rollout_logprob_abs_diff"] for record in records if "opd_reverse_kl" in record
     ]
     assert all(difference < 1e-3 for difference in differences)
+
+
+def test_no_secret_is_in_anything_that_a_run_leaves(finished):
+    folder, console = finished
+    planted = [*SECRETS.values(), IN_URL]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).parts[0] for path in files}
+    assert {
+        "logs",
+        "metrics.jsonl",
+        "summary.json",
+        "trace.json",
+        "tensorboard",
+        "wandb",
+        "recorded",
+    } <= names
+    assert "checkpoints" in names
+    leaks = [(path, secret) for path in files for secret in planted if secret.encode() in path.read_bytes()]
+    assert leaks == []
+    assert not any(secret in console for secret in planted)
+    # they were there to be found: the teacher's address was shown, and wandb did run with its key
+    assert "***@127.0.0.1" in console
+    assert list((folder / "wandb").rglob("*.wandb"))
 
 
 def test_the_end_is_a_table_a_json_and_a_picture(finished):

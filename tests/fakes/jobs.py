@@ -146,9 +146,10 @@ def arguments(data: dict[str, Path], teacher_url: str, output_dir: Path, *extra:
 
 
 @contextmanager
-def running(argv: list[str], output_dir: Path) -> Iterator[Job]:
+def running(argv: list[str], output_dir: Path, variables: Mapping[str, str] | None = None) -> Iterator[Job]:
     """Start the driver; kill whatever a failed test leaves of it."""
-    with _started([sys.executable, "-m", "slime.train", *argv], output_dir, {}) as job:
+    command = [sys.executable, "-m", "slime.train", *argv]
+    with _started(command, output_dir, dict(variables or {})) as job:
         yield job
 
 

@@ -18,6 +18,7 @@ from slime.engines.doctor.examination import NAMES, examine
 from slime.engines.doctor.material import Material
 from slime.engines.doctor.outcome import Outcome, exit_code, record
 from slime.engines.doctor.state import Options
+from slime.engines.errors import without_users
 from slime.engines.replicas import Endpoint
 
 
@@ -99,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def report(outcome: Outcome) -> None:
         if outcome.status == "FAULT" and outcome.check in args.allow:
             outcome = replace(outcome, status="warn")
+        outcome = replace(
+            outcome, message=without_users(outcome.message), teacher=outcome.teacher.rpartition("@")[2]
+        )
         outcomes.append(outcome)
         print(outcome.line(several), flush=True)
 

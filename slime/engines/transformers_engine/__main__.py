@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from slime.engines.sglang_serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from slime.engines.transformers_engine.answers import AnswerWriter
 from slime.engines.transformers_engine.batcher import Batcher
 from slime.engines.transformers_engine.control import Control
@@ -200,7 +202,7 @@ def build(
         context_length=context,
         settings=vars(args),
     )
-    keys = Keys(os.environ.get("SLIME_ENGINE_API_KEY"), os.environ.get("SLIME_ENGINE_ADMIN_KEY"))
+    keys = Keys(os.environ.get(API_KEY_VARIABLE), os.environ.get(ADMIN_KEY_VARIABLE))
     server = EngineServer(batcher, generator, control, UpdateRoutes(control, updates), info, keys)
     return batcher, generator, server.application()
 
@@ -208,6 +210,8 @@ def build(
 def main() -> int:
     """Run the engine."""
     args = parse_args()
+    # Without one anybody on this machine could replace the weights. Who is to control it sets the variable.
+    os.environ.setdefault(ADMIN_KEY_VARIABLE, secrets.token_hex(16))
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -6,8 +6,12 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from slime.engines.errors import excerpt
 from slime.engines.transformers_engine.errors import MalformedBody
 from slime.engines.transformers_engine.schema import is_int
+
+MAX_SIZE = 2**40
+"""Of one dimension of a tensor."""
 
 
 def json_response(body: Any, status: int = 200) -> web.Response:
@@ -42,7 +46,7 @@ async def read_object(request: web.Request) -> dict[str, Any]:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise MalformedBody(
-            f"1 validation error:\n  body: Input should be a dictionary, got {str(body)[:80]!r}"
+            f"1 validation error:\n  body: Input should be a dictionary, got {excerpt(body, 80)!r}"
         )
     return body
 
@@ -63,11 +67,11 @@ def optional_str(body: dict[str, Any], key: str) -> str | None:
     return value
 
 
-def required_int(body: dict[str, Any], key: str, least: int) -> int:
-    """Return an integer of at least `least`; raise MalformedBody."""
+def required_int(body: dict[str, Any], key: str, least: int, most: int) -> int:
+    """Return an integer from `least` to `most`; raise MalformedBody."""
     value = body.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise wrong(key, f"an integer of at least {least} is required", value)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise wrong(key, f"an integer from {least} to {most} is required", value)
     return value
 
 
@@ -84,11 +88,11 @@ def required_shapes(body: dict[str, Any], key: str) -> list[Sequence[int]]:
     value = body.get(key)
     if not isinstance(value, list) or not all(isinstance(shape, list) for shape in value):
         raise wrong(key, "a list of shapes is required", value)
-    if not all(is_int(size) and size >= 0 for shape in value for size in shape):
-        raise wrong(key, "a shape has integers of at least 0", value)
+    if not all(is_int(size) and 0 <= size <= MAX_SIZE for shape in value for size in shape):
+        raise wrong(key, f"a shape has integers from 0 to {MAX_SIZE}", value)
     return value
 
 
 def wrong(key: str, needed: str, value: Any) -> MalformedBody:
     """Build the error for a value that a key must not have."""
-    return MalformedBody(f"1 validation error:\n  body.{key}: {needed}, got {str(value)[:80]!r}")
+    return MalformedBody(f"1 validation error:\n  body.{key}: {needed}, got {excerpt(value, 80)!r}")

@@ -5,7 +5,6 @@ the same picture. Vision features are never kept between forwards.
 """
 
 import base64
-import binascii
 import hashlib
 import threading
 from collections import OrderedDict
@@ -17,7 +16,7 @@ from urllib.parse import unquote
 from torch import Tensor
 
 from slime.engines.transformers_engine.errors import InternalFault, InvalidValue
-from slime.utils.processing_utils import BadImageError, decode_image
+from slime.utils.pictures import BadImageError, decode_image, read_file
 
 PATH_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 CACHE_BYTES = 256 * 2**20
@@ -63,15 +62,15 @@ def names_file(source: str) -> bool:
 def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; so is text that is not ASCII
         raise InvalidValue(str(error)) from error
 
 
 def _read_file(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InternalFault(f"image_data names the file {path}, which cannot be read: {error}") from error
+        return read_file(Path(path))
+    except BadImageError as error:
+        raise InternalFault(f"image_data names a file that cannot be read: {error}") from error
 
 
 class ImageLoader:

@@ -98,13 +98,13 @@ def build_prompt(ids: Sequence[int], images: Sequence[Pixels], vision: VisionTok
     start. More pads than pictures crash the real server's handler (500); surplus pictures are dropped, as
     there.
     """
-    wire = np.asarray(ids, dtype=np.int64)
-    outside = wire[(wire < 0) | (wire >= vision.vocab_size)]
-    if len(outside):
+    if ids and not (min(ids) >= 0 and max(ids) < vision.vocab_size):
+        outside = next(id_ for id_ in ids if not 0 <= id_ < vision.vocab_size)
         raise InvalidValue(
-            f"input_ids holds {int(outside[0])}, outside the model's vocabulary [0, {vision.vocab_size}); "
+            f"input_ids holds {outside}, outside the model's vocabulary [0, {vision.vocab_size}); "
             "send ids of the served checkpoint's own tokenizer."
         )
+    wire = np.asarray(ids, dtype=np.int64)
     pads = [int(place) for place in np.flatnonzero(wire == vision.image_pad) if place > 0] if images else []
     if len(pads) > len(images):
         raise InternalFault(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from slime.engines.errors import excerpt
 from slime.engines.transformers_engine.errors import InvalidValue, MalformedBody
 from slime.engines.transformers_engine.job import LogprobOptions
 from slime.engines.transformers_engine.sampling_params import (
@@ -29,6 +30,10 @@ MEDIA_FIELDS = (
     "fps", "num_frames", "min_frames", "max_frames", "max_tokens_per_frame", "max_image_tokens", "use_audio",
     "image_grid_thw",
 )  # fmt: skip
+MEDIA_DEPTH = 2
+"""A batch holds a list for each prompt."""
+MAX_ITEMS = 65_536
+"""Responses of one request. The real server has no limit, and dies of a large `n`."""
 UNSUPPORTED = (
     "input_embeds", "video_data", "audio_data", "lora_path", "custom_logit_processor", "session_params",
     "return_hidden_states",
@@ -71,7 +76,7 @@ def parse_generate(body: Any, vocab_size: int) -> GenerateBody:
 def _check_shape(body: Any) -> None:
     if not isinstance(body, dict):
         raise MalformedBody(
-            f"1 validation error:\n  body: Input should be a dictionary, got {str(body)[:80]!r}"
+            f"1 validation error:\n  body: Input should be a dictionary, got {excerpt(body, 80)!r}"
         )
     ids = body.get("input_ids")
     if ids is None:
@@ -83,11 +88,11 @@ def _check_shape(body: Any) -> None:
     for row in ids if ids and isinstance(ids[0], list) else [ids]:
         if not isinstance(row, list):
             raise MalformedBody("1 validation error:\n  body.input_ids: lists and integers are mixed")
-        wrong = next((item for item in row if not is_int(item)), None)
-        if wrong is not None:
+        wrong = [item for item in row if not is_int(item)]  # null is wrong, too
+        if wrong:
             raise MalformedBody(
                 "1 validation error:\n  body.input_ids: elements must be int or list; "
-                f"got {type(wrong).__name__}"
+                f"got {type(wrong[0]).__name__}"
             )
 
 
@@ -119,14 +124,18 @@ def _check_contract(body: dict[str, Any]) -> list[dict[str, Any]] | dict[str, An
     return one_or_list(check_types, {} if raw is None else raw)
 
 
-def _check_media(value: Any) -> None:
+def _check_media(value: Any, depth: int = 0) -> None:
     if isinstance(value, list):
+        if depth == MEDIA_DEPTH:
+            raise invalid_type(value, "a string, a map or a sequence of them")
         for item in value:
-            _check_media(item)
+            _check_media(item, depth + 1)
     elif isinstance(value, dict):
         for key in value:
             if key not in MEDIA_FIELDS:
                 raise unknown_field(key, MEDIA_FIELDS)
+        if not isinstance(value.get("url"), str):
+            raise invalid_type(value.get("url"), "a string as url")
     elif value is not None and not isinstance(value, str):
         raise invalid_type(value, "a string, a map or a sequence")
 
@@ -143,9 +152,9 @@ def _spread(
     if text is None and ids is None:
         raise InvalidValue("Either text, input_ids or input_embeds should be provided.")
     prompts: Any = text if text is not None else ids
-    is_list = isinstance(prompts, list) and (
-        prompts is text or (prompts != [] and isinstance(prompts[0], list))
-    )
+    is_list = _is_batch(prompts) or text == []
+    if text is not None and ids is not None and _is_batch(text) != _is_batch(ids):
+        raise InvalidValue("one of text and input_ids is a single prompt and the other a list of prompts.")
     count = len(prompts) if is_list else 1
     if count == 0:
         raise InvalidValue("text is an empty list: send at least one prompt.")
@@ -154,6 +163,8 @@ def _spread(
     if len(samples) > 1:
         raise InvalidValue(f"all items of a request must have the same n, got {sorted(samples)}.")
     n = samples.pop()
+    if n > 0 and count * n > MAX_ITEMS:
+        raise InvalidValue(f"{count} prompts by n = {n} samples are too many: at most {MAX_ITEMS}.")
     texts: list[str | None] = [None] * count if text is None else _per_prompt(text, count, "text")
     id_lists: list[list[int] | None] = [None] * count if ids is None else ids if is_list else [ids]
     if len(id_lists) != count:
@@ -185,6 +196,11 @@ def _spread(
         stream=bool(body.get("stream")),
         prompt_token_ids=body.get("return_prompt_token_ids", False),
     )
+
+
+def _is_batch(prompts: Any) -> bool:
+    """Tell whether a `text` or `input_ids` is a list of prompts; no ids at all are one empty prompt."""
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], list | str)
 
 
 def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
@@ -286,5 +302,8 @@ def _rids(rid: Any, count: int, n: int, is_list: bool) -> list[str]:
     if rid is None or n > 1:
         return [uuid4().hex for _ in range(total)]
     if isinstance(rid, list):
-        return _per_prompt(rid, count, "rid")
+        rids = _per_prompt(rid, count, "rid")
+        if len(set(rids)) < count:
+            raise InvalidValue("Duplicate request ID detected: rid holds an id twice.")
+        return rids
     return [f"{rid}_{index}" for index in range(count)] if is_list else [rid]

@@ -9,6 +9,7 @@ from slime.engines.transformers_engine.schema import (
     expect_bool,
     expect_float,
     expect_int,
+    expect_list,
     expect_map,
     expect_str,
     one_or_list,
@@ -35,6 +36,10 @@ UNSUPPORTED = (
 GREEDY_BELOW = 1e-6
 MAX_STOP_STRINGS = 32
 SEED_RANGE = 2**63
+LONGEST = 2**31
+"""More tokens than any response has: a larger number means no other."""
+LONGEST_ID = 20
+"""Digits of an id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ def check_types(raw: Any) -> dict[str, Any]:
         **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), expect_str),
         "stop": lambda value: one_or_list(expect_str, value),
         "stop_regex": lambda value: one_or_list(expect_str, value),
-        "stop_token_ids": lambda value: [expect_int(item) for item in value],
+        "stop_token_ids": lambda value: [expect_int(item) for item in expect_list(value)],
         "logit_bias": lambda value: {key: expect_float(item) for key, item in expect_map(value).items()},
         "custom_params": expect_map,
     }
@@ -123,14 +128,17 @@ def build_sampling_params(checked: dict[str, Any], vocab_size: int) -> SamplingP
     }
     stop = known.get("stop", ())
     known["stop"] = tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s)
-    known["stop_token_ids"] = tuple(dict.fromkeys(known.get("stop_token_ids", ())))
+    # an id that the model does not have is never sampled, and stops nothing
+    stop_ids = (id_ for id_ in known.get("stop_token_ids", ()) if 0 <= id_ < vocab_size)
+    known["stop_token_ids"] = tuple(dict.fromkeys(stop_ids))
     known["logit_bias"] = _bias(known.get("logit_bias", {}), vocab_size)
     known["wave"] = _wave(checked.get("custom_params", {}))
     temperature = known.get("temperature", 1.0)
     if 0 <= temperature < GREEDY_BELOW:
         known |= {"temperature": 1.0, "top_k": 1}
     _check_ranges(known)
-    known["top_k"] = max(known.get("top_k", 0), 0)
+    known["top_k"] = min(max(known.get("top_k", 0), 0), vocab_size)
+    known["min_new_tokens"] = min(known.get("min_new_tokens", 0), LONGEST)
     known["stream_interval"] = max(known.get("stream_interval", 1), 1)
     return SamplingParams(**known)
 
@@ -169,8 +177,8 @@ def _check_ranges(known: dict[str, Any]) -> None:
 def _bias(raw: dict[str, float], vocab_size: int) -> dict[int, float]:
     bias: dict[int, float] = {}
     for key, value in raw.items():
-        if not key.isdecimal() or int(key) >= vocab_size:
-            raise InvalidValue(f"logit_bias must has keys in [0, {vocab_size - 1}], got {key}.")
+        if not key.isdecimal() or len(key) > LONGEST_ID or int(key) >= vocab_size:
+            raise InvalidValue(f"logit_bias must has keys in [0, {vocab_size - 1}], got {key[:80]}.")
         bias[int(key)] = value
     return bias
 
@@ -179,7 +187,14 @@ def _wave(custom: dict[str, Any]) -> Wave | None:
     if "wave" not in custom:
         return None
     name, size, order = custom["wave"], custom.get("wave_size"), custom.get("order")
-    if not isinstance(name, str) or not isinstance(size, int) or not isinstance(order, int) or size < 1:
+    truth = isinstance(size, bool) or isinstance(order, bool)
+    if (
+        not isinstance(name, str)
+        or not isinstance(size, int)
+        or not isinstance(order, int)
+        or truth
+        or size < 1
+    ):
         raise InvalidValue(
             "custom_params.wave (a string) needs wave_size (an integer >= 1) and order (an integer) beside "
             f"it, got wave={name!r}, wave_size={size!r}, order={order!r}."

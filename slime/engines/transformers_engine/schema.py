@@ -78,6 +78,13 @@ def expect_map(value: Any) -> dict[str, Any]:
     return value
 
 
+def expect_list(value: Any) -> list[Any]:
+    """Return a list or raise."""
+    if not isinstance(value, list):
+        raise invalid_type(value, "a sequence")
+    return value
+
+
 def one_or_list(check: Callable[[Any], T], value: Any) -> T | list[T]:
     """Check a value, or every element of a list of them."""
     return [check(item) for item in value] if isinstance(value, list) else check(value)

@@ -21,6 +21,8 @@ from slime.engines.transformers_engine.update_routes import Handler, UpdateRoute
 
 MAX_BODY_BYTES = 512 * 2**20
 OPEN_PATHS = ("/health", "/ready")
+"""Open without a key: they say one bit, and let nobody use the model."""
+MAX_FLUSH_SECONDS = 600.0
 USER_PATHS = ("/generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info", "/v1/models")
 FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. "
@@ -101,12 +103,12 @@ class EngineServer:
 
     @web.middleware
     async def _authorise(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(OPEN_PATHS):
+        if request.path in OPEN_PATHS:
             return await handler(request)
         control = request.path not in USER_PATHS
         key = self._keys.admin if control and self._keys.admin else self._keys.api
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
+        if key and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode()):
             return json_response({"error": "Unauthorized"}, 401)
         return await handler(request)
 
@@ -167,7 +169,7 @@ class EngineServer:
 
     async def flush(self, request: web.Request) -> web.Response:
         """Confirm that no request uses the cache, waiting up to `timeout` seconds for it."""
-        flushed = await self._control.flush(float(request.query.get("timeout", "0")))
+        flushed = await self._control.flush(_seconds(request.query.get("timeout", "0")))
         return json_response(
             FLUSHED if flushed else FLUSHED.replace("flushed", "not flushed", 1), 200 if flushed else 400
         )
@@ -195,6 +197,17 @@ class EngineServer:
         elif isinstance(rid, str) and rid:
             self._generator.abort(rid)
         return web.Response()
+
+
+def _seconds(text: str) -> float:
+    """Read the time that a flush may wait; raise MalformedBody."""
+    try:
+        seconds = float(text)
+    except ValueError as error:
+        raise wrong("timeout", "a number of seconds is required", text) from error
+    if not 0 <= seconds <= MAX_FLUSH_SECONDS:
+        raise wrong("timeout", f"from 0 to {MAX_FLUSH_SECONDS:g} seconds are allowed", text)
+    return seconds
 
 
 async def _write_events(response: web.StreamResponse, answers: AsyncGenerator[dict[str, Any], None]) -> None:

@@ -24,6 +24,7 @@ from slime.engines.transformers_engine.weight_group import Broadcast, GroupPlace
 from slime.engines.transformers_engine.weight_updates import UpdateOptions, UpdateRefusedError, WeightUpdates
 
 FLAT = "flattened_bucket"
+MAX_RANKS = 2**20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -121,9 +122,9 @@ class UpdateRoutes:
         place = GroupPlace(
             name=_group_name(body),
             address=required_str(body, "master_address"),
-            port=required_int(body, "master_port", 1),
-            rank=required_int(body, "rank_offset", 1),
-            world_size=required_int(body, "world_size", 2),
+            port=required_int(body, "master_port", 1, 65_535),
+            rank=required_int(body, "rank_offset", 1, MAX_RANKS),
+            world_size=required_int(body, "world_size", 2, MAX_RANKS),
             backend=optional_str(body, "backend") or "nccl",
         )
         if place.rank >= place.world_size:

@@ -14,6 +14,7 @@ TAIL_CHARACTERS = 16_384
 LONGEST_ANSWER = 1_024
 """A box that holds more is no answer to a question with a short one, and could keep a worker busy."""
 
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _BOX = re.compile(r"\\f?boxed\s*\{")
 _DEGREES = re.compile(r"(\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\s*\bdegrees?\b)")
 _SPACING = re.compile(r"\\[,;:! ]|\\left|\\right|\\quad|[\s$~]+")
@@ -28,24 +29,28 @@ def final_answer(response: str) -> str | None:
     r"""Return what the last `\boxed{}` holds, looking behind the last `</think>` where there is one; else
     None."""
     tail = response[-TAIL_CHARACTERS:].rpartition("</think>")[2]
-    boxes = list(_BOX.finditer(tail))
-    for box in reversed(boxes):
-        content = _braced(tail, box.end())
-        if content is not None:
+    ends = [box.end() for box in _BOX.finditer(tail)]
+    if not ends:
+        return None
+    closing = _closing_braces(tail)
+    for start in reversed(ends):
+        if start - 1 in closing:
+            content = tail[start : closing[start - 1]]
             return content if len(content) <= LONGEST_ANSWER else None
     return None
 
 
-def _braced(text: str, start: int) -> str | None:
-    """Return the text up to the brace that closes the one before `start`; None where it never closes."""
-    depth = 1
-    for place in range(start, len(text)):
-        if text[place - 1] == "\\" and text[place] in "{}":
-            continue
-        depth += (text[place] == "{") - (text[place] == "}")
-        if depth == 0:
-            return text[start:place]
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Return the place of the brace that closes each opening one, by that one's place, in a single pass."""
+    closing: dict[int, int] = {}
+    pending: list[int] = []
+    for brace in _BRACE.finditer(text):
+        place = brace.start()
+        if text[place] == "{":
+            pending.append(place)
+        elif pending:
+            closing[pending.pop()] = place
+    return closing
 
 
 def normalise(answer: str) -> str:
@@ -76,6 +81,8 @@ def as_number(normalised: str) -> Fraction | None:
 
 def quick_verdict(answer: str, label: str) -> bool | None:
     """Compare two answers where that is plain; None where it takes mathematics."""
+    if len(label) > LONGEST_ANSWER:  # no answer is as long
+        return False
     ours, theirs = normalise(answer), normalise(label)
     if not ours:
         return False
@@ -84,4 +91,10 @@ def quick_verdict(answer: str, label: str) -> bool | None:
     our_number, their_number = as_number(ours), as_number(theirs)
     if our_number is not None and their_number is not None:
         return our_number == their_number
-    return None
+    return False if _contradicts_itself(ours) else None
+
+
+def _contradicts_itself(normalised: str) -> bool:
+    """Tell whether an answer equates different numbers, as 6=5: its last part alone is no answer."""
+    numbers = [number for part in normalised.split("=") if (number := as_number(part)) is not None]
+    return len(set(numbers)) > 1

@@ -1,7 +1,8 @@
 """A pool of worker processes that compare answers by `math-verify`, each under a wall limit kept from
 outside.
 
-A worker that is over the limit, or dies, is killed and replaced; its answer counts as wrong and is counted.
+A worker that is over the limit, runs out of memory, says something else than a verdict, or dies, is killed
+and replaced; its answer counts as wrong and is counted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,16 @@ WALL_SECONDS = 2.0
 START_SECONDS = 60.0
 """Limit of a worker's start: importing sympy takes a second or two, more on a busy machine."""
 
+VERDICTS: dict[bytes | None, bool] = {b"true": True, b"false": False}
+"""What a worker may say."""
+SECRETS = ("KEY", "TOKEN", "PASSWORD", "SECRET")
+"""How the names of variables end that a process which reads foreign text has no use for."""
+
 _WORKER_FILE = Path(__file__).with_name("grader_worker.py")
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.upper().endswith(SECRETS)}
 
 
 class _Worker:
@@ -36,6 +47,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=_without_secrets(os.environ),
             bufsize=0,
             start_new_session=True,
         )
@@ -46,14 +58,13 @@ class _Worker:
         return self._read_line(START_SECONDS) is not None
 
     def ask(self, answer: str, label: str, wall_seconds: float) -> bool | None:
-        """Return the verdict; None where the worker is over the limit or dead."""
+        """Return the verdict; None where the worker is over a limit, dead, or has none."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps([answer, label]).encode() + b"\n")
         except BrokenPipeError:
             return None
-        line = self._read_line(wall_seconds)
-        return None if line is None else bool(json.loads(line))
+        return VERDICTS.get(self._read_line(wall_seconds))
 
     def kill(self) -> None:
         """End the process and reap it."""
@@ -80,7 +91,7 @@ class Grader:
 
     def __init__(self, size: int, wall_seconds: float = WALL_SECONDS) -> None:
         self.timeouts = 0
-        """Comparisons given up: over the wall limit, or their worker died."""
+        """Comparisons given up: over the wall or the memory limit, or their worker died."""
         self._wall_seconds = wall_seconds
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="grader")
         self._own = threading.local()

@@ -76,6 +76,7 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
 
     def write(rows: Sequence[dict[str, Any] | str], name: str = "train.jsonl") -> str:
         path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
         return str(path)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slime.data import images
-from slime.data.images import load_image, prepare_picture, target_size
+from slime.data.images import PictureAccess, load_image, picture_key, prepare_picture, target_size
 from slime.utils.pictures import BadImageError, open_encoded
 from slime.utils.processing_utils import encode_image_for_rollout_engine
 
@@ -138,7 +140,10 @@ def test_every_form_of_source_gives_the_same_picture(
         str(tmp_path / "sub" / "a.png"),
         "data:image/png;base64," + base64.b64encode(data).decode(),
     ]
-    assert all(np.array_equal(np.asarray(load_image(form, tmp_path)), np.asarray(image)) for form in forms)
+    assert all(
+        np.array_equal(np.asarray(load_image(form, PictureAccess(root=tmp_path))), np.asarray(image))
+        for form in forms
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,13 @@ def test_every_form_of_source_gives_the_same_picture(
         ("missing.png", "cannot be read"),
         ("../secret.png", "leads out of the picture folder"),
         ("a\0b.png", "no path|cannot be read"),
-        ("file:///etc/passwd", "only http and https"),
+        ("/etc/passwd", "leads out of the picture folder"),
+        ("file:///etc/passwd", "only with --image-root"),
+        ("FILE:///etc/passwd", "only http and https"),
+        ("http://127.0.0.1:9/a.png", "--allow-remote-images"),
+        ({"bytes": {"path": "/etc/passwd"}}, "bytes or path are a dict"),
+        ({"path": {"bytes": b"x"}}, "bytes or path are a dict"),
+        ({"bytes": [137, 80]}, "bytes or path are a list"),
         ("ftp://host/a.png", "only http and https"),
         ("data:text/plain;base64,AAAA", "no data URI of a picture"),
         ("data:image/png;base64,!!!", "base64 is broken"),
@@ -161,7 +172,7 @@ def test_every_form_of_source_gives_the_same_picture(
 )
 def test_bad_source_is_one_clear_error(tmp_path: Path, source: Any, why: str) -> None:
     with pytest.raises(BadImageError, match=why):
-        load_image(source, tmp_path)
+        load_image(source, PictureAccess(root=tmp_path))
 
 
 def test_truncated_file_is_an_error(make_noise: MakeNoise, encode: Encode) -> None:
@@ -171,19 +182,66 @@ def test_truncated_file_is_an_error(make_noise: MakeNoise, encode: Encode) -> No
             load_image(data[: len(data) // 2])
 
 
-def test_confined_root_keeps_absolute_paths_inside(
-    tmp_path: Path, make_noise: MakeNoise, encode: Encode
-) -> None:
-    inside, outside = tmp_path / "root" / "a.png", tmp_path / "b.png"
+def test_no_path_leaves_the_root(tmp_path: Path, make_noise: MakeNoise, encode: Encode) -> None:
+    inside, outside = tmp_path / "root" / "a b.png", tmp_path / "b.png"
     inside.parent.mkdir()
     for path in (inside, outside):
         path.write_bytes(encode(make_noise(40, 40)))
-    assert load_image(str(inside), inside.parent, confined=True).size == (40, 40)
-    with pytest.raises(BadImageError, match="leads out"):
-        load_image(str(outside), inside.parent, confined=True)
     (inside.parent / "link.png").symlink_to(outside)
+    (inside.parent / "folder").symlink_to(tmp_path)
+    (inside.parent / "circle").symlink_to("circle")
+    by_default = PictureAccess(root=inside.parent)
+    by_flag = PictureAccess(root=inside.parent, named=True)
+    for access in (by_default, by_flag):
+        assert load_image(str(inside), access).size == (40, 40)
+        assert load_image(f"../{inside.parent.name}/a b.png", access).size == (40, 40)
+        for text in (str(outside), "../b.png", "link.png", "folder/b.png"):
+            for read in (load_image, picture_key):
+                with pytest.raises(BadImageError, match="leads out"):
+                    read(text, access)
+        with pytest.raises(BadImageError, match=r"no path|cannot be read"):
+            load_image("circle", access)
+    assert load_image(inside.as_uri(), by_flag).size == (40, 40)
+    assert "%20" in inside.as_uri()
     with pytest.raises(BadImageError, match="leads out"):
-        load_image("link.png", inside.parent)
+        load_image(outside.as_uri(), by_flag)
+    with pytest.raises(BadImageError, match="leads out"):
+        load_image("file://localhost/../../etc/passwd", by_flag)
+    with pytest.raises(BadImageError, match="only with --image-root"):
+        load_image(inside.as_uri(), by_default)
+    with pytest.raises(BadImageError, match="no folder that it could be in"):
+        load_image(str(inside))
+
+
+def test_a_pipe_and_a_device_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", "."):
+        with pytest.raises(BadImageError, match="is no file"):
+            load_image(name, PictureAccess(root=tmp_path))
+    with pytest.raises(BadImageError, match="is no file"):
+        load_image("zero", PictureAccess(root=Path("/dev")))
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "TIFF"])
+def test_pictures_without_extent_or_too_thin_are_bad(processor: Any, encode: Encode, form: str) -> None:
+    for size in ((1, 100_000), (100_000, 1)):
+        if form == "GIF" and max(size) > 65_535:
+            continue
+        with pytest.raises(BadImageError, match="cannot be resized"):
+            prepare_picture(load_image(encode(Image.new("L", size), form)), processor.image_processor)
+    with pytest.raises(BadImageError, match=r"empty \(0x0\)"):
+        target_size(0, 0, 32, 1024, 4096)
+
+
+def test_a_picture_whose_head_says_nought_is_bad(encode: Encode) -> None:
+    png = bytearray(encode(Image.new("L", (8, 8))))
+    png[16:24] = bytes(8)
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    bmp = bytearray(encode(Image.new("L", (8, 8)), "BMP"))
+    bmp[18:26] = bytes(8)
+    for data in (png, bmp):
+        with pytest.raises(BadImageError):
+            prepare_picture(load_image(bytes(data)), None)
 
 
 def test_decompression_bomb_is_refused_before_it_is_decoded(
@@ -213,6 +271,11 @@ class _Pictures(BaseHTTPRequestHandler):
         if self.path == "/flaky.png" and self.calls.count(self.path) < 3:
             self.send_error(503)
             return
+        if self.path == "/elsewhere.png":
+            self.send_response(302)
+            self.send_header("Location", "ftp://127.0.0.1/a.png")
+            self.end_headers()
+            return
         if self.path == "/missing.png":
             self.send_error(404)
             return
@@ -232,6 +295,9 @@ class _Pictures(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+REMOTE = PictureAccess(remote=True)
+
+
 @pytest.fixture
 def server(make_noise: MakeNoise, encode: Encode) -> Iterator[str]:
     _Pictures.picture = encode(make_noise(40, 30))
@@ -245,28 +311,37 @@ def server(make_noise: MakeNoise, encode: Encode) -> Iterator[str]:
 
 
 def test_url_is_fetched_and_a_server_error_is_tried_again(server: str) -> None:
-    assert load_image(f"{server}/good.png").size == (40, 30)
-    assert load_image({"bytes": None, "path": f"{server}/flaky.png"}).size == (40, 30)
+    assert load_image(f"{server}/good.png", REMOTE).size == (40, 30)
+    assert load_image({"bytes": None, "path": f"{server}/flaky.png"}, REMOTE).size == (40, 30)
     assert _Pictures.calls.count("/flaky.png") == 3
 
 
 def test_url_that_is_not_there_is_asked_once(server: str) -> None:
     with pytest.raises(BadImageError, match="HTTP 404"):
-        load_image(f"{server}/missing.png")
+        load_image(f"{server}/missing.png", REMOTE)
     assert _Pictures.calls == ["/missing.png"]
+
+
+def test_nothing_is_fetched_unless_it_is_allowed(server: str) -> None:
+    for read in (load_image, picture_key):
+        with pytest.raises(BadImageError, match="--allow-remote-images"):
+            read({"url": f"{server}/good.png"})
+    assert _Pictures.calls == []
+    with pytest.raises(BadImageError, match=r"sends us on to 'ftp://127\.0\.0\.1/a\.png'"):
+        load_image(f"{server}/elsewhere.png", REMOTE)
 
 
 def test_url_has_a_time_limit_and_a_size_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.3)
-    with pytest.raises(BadImageError, match=r"not complete after 0.3 s"):
-        load_image(f"{server}/slow.png")
+    with pytest.raises(BadImageError, match=r"not complete after 0\.3 s|timed out"):
+        load_image(f"{server}/slow.png", REMOTE)
     monkeypatch.setattr(images, "FETCH_SECONDS", 10.0)
     monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100_000)
     with pytest.raises(BadImageError, match="larger than 100000 bytes"):
-        load_image(f"{server}/large.png")
+        load_image(f"{server}/large.png", REMOTE)
 
 
 def test_unreachable_host_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images.time, "sleep", lambda seconds: None)
     with pytest.raises(BadImageError, match="cannot be fetched"):
-        load_image("http://127.0.0.1:9/a.png")
+        load_image("http://127.0.0.1:9/a.png", REMOTE)

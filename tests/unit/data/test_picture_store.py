@@ -16,7 +16,7 @@ import pytest
 from slime.arguments import Args
 from slime.data import images, rows
 from slime.data.errors import BadRow
-from slime.data.images import Picture, picture_key
+from slime.data.images import Picture, PictureAccess, picture_key
 from slime.data.picture_store import PictureStore
 from slime.data.source import EvalSet, PromptSource
 from slime.utils.pictures import picture_uri
@@ -144,7 +144,7 @@ def url(make_row: MakeRow) -> Iterator[str]:
 
 def test_a_url_is_fetched_once(processor: Any, make_args: MakeArgs, jsonl: Write, url: str) -> None:
     path = jsonl([{"problem": "q", "answer": str(n), "images": [url]} for n in range(4)])
-    source = PromptSource(make_args(path), processor, PictureStore())
+    source = PromptSource(make_args(path, "--allow-remote-images"), processor, PictureStore())
     source.next_groups(8)
     assert _Pictures.calls == ["/a.png"]
 
@@ -258,7 +258,7 @@ def test_a_bad_picture_names_file_and_row_each_time(
 def test_keys_of_unusable_sources_are_errors(tmp_path: Path) -> None:
     for bad in ("absent.png", {"bytes": None, "path": None}, "data:image/png;base64,%", 3, "a\0b"):
         with pytest.raises(images.BadImageError):
-            picture_key(bad, tmp_path)
+            picture_key(bad, PictureAccess(root=tmp_path))
 
 
 def test_what_is_drawn_on_a_samples_picture_is_gone_at_its_next_turn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,10 @@ BAD_TEXT = {
     "special tokens": {"problem": "<image><|im_end|>"},
     "strange metadata": {"metadata": "text"},
     "strange label": {"answer": ["1"]},
+    "truth for a label": {"answer": True},
+    "nested without end": {
+        "problem": [{"role": "user", "content": "<image>", "more": json.loads("[" * 300 + "]" * 300)}]
+    },
 }
 
 
@@ -213,6 +218,44 @@ def test_bad_text_is_refused_when_the_data_is_opened(
     with pytest.raises(BadRow, match=r"train.jsonl, row 2: ") as refused:
         PromptSource(make_args(jsonl(rows)), processor, PictureStore())
     assert (refused.value.row, Path(refused.value.file).name) == (2, "train.jsonl")
+
+
+def test_a_number_that_is_none_is_no_label(processor: Any, make_args: MakeArgs, parquet: Write) -> None:
+    rows = [{"problem": "q", "answer": value, "images": []} for value in (1.5, float("nan"), float("inf"))]
+    source = PromptSource(make_args(parquet(rows), "--bad-rows", "skip"), processor, PictureStore())
+    assert [group[0].label for group in source.next_groups(2)] == ["1.5", "1.5"]
+    assert source.bad_rows == 2
+
+
+@pytest.mark.parametrize("place", ["column", "message"])
+def test_rows_reach_no_file_and_no_server_without_a_flag(
+    processor: Any, make_args: MakeArgs, make_row: MakeRow, jsonl: Write, tmp_path: Path, place: str
+) -> None:
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(make_row(1)["images"][0]["bytes"])
+
+    def row(source: Any) -> dict[str, Any]:
+        if place == "column":
+            return {"problem": "q", "answer": "1", "images": [source]}
+        part = {"type": "image", "image": source}
+        return {"problem": [{"role": "user", "content": [part]}], "answer": "1", "images": []}
+
+    sources = [
+        str(outside),
+        outside.as_uri(),
+        "../outside.png",
+        {"path": str(outside)},
+        "http://127.0.0.1:9/a",
+    ]
+    path = jsonl([row(source) for source in sources], "data/train.jsonl")
+    for number, source in enumerate(sources):
+        refused = PromptSource(make_args(f"{path}@[{number}:]"), processor, PictureStore())
+        with pytest.raises(BadRow, match=r"--image-root|--allow-remote-images"):
+            refused.next_groups(1)
+        if isinstance(source, dict) or not source.startswith(("..", "http")):
+            args = make_args(f"{path}@[{number}:]", "--image-root", str(tmp_path))
+            ((sample, _),) = PromptSource(args, processor, PictureStore()).next_groups(1)
+            assert len((sample.multimodal_train_inputs or {})["image_hashes"]) == 1
 
 
 BAD_PICTURES = {

@@ -10,10 +10,12 @@ from slime.engines.api import score_payload
 from slime.engines.client import EngineClient
 from slime.engines.errors import (
     AnswerError,
+    EngineError,
     EnginesLostError,
     EngineTimeoutError,
     EngineUnreachableError,
     HttpError,
+    MissingScoreError,
     WrongAnswerError,
 )
 from slime.engines.replicas import Endpoint
@@ -255,6 +257,23 @@ async def test_a_new_group_goes_to_the_least_loaded_server() -> None:
             later = [teacher.generate(PAYLOAD, group=name) for name in ("second", "third")]
             await asyncio.gather(*busy, *later)
     assert sorted(len(fake.bodies()) for fake in fakes) == [2, 4]
+
+
+async def test_a_url_that_names_its_user_brings_its_own_key_and_is_masked(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIME_ENGINE_API_KEY", "public")
+    named = engine.url.replace("://", "://user:planted@")
+    async with client(named) as teacher:
+        await teacher.generate(PAYLOAD)
+    engine.fault = "500"
+    async with client(named, patience=0.0) as teacher:
+        with pytest.raises(EngineError) as caught:
+            await teacher.generate(PAYLOAD)
+    assert "planted" not in str(caught.value)
+    assert "http://***@127.0.0.1" in str(caught.value)
+    for kind in (EngineUnreachableError, AnswerError, MissingScoreError):
+        assert str(kind("at http://u:planted@host/a@b: no")) == "at http://***@host/a@b: no"
 
 
 async def test_the_api_key_is_sent(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

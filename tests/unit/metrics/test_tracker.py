@@ -117,6 +117,7 @@ def test_wandb_starts_with_a_key_or_when_asked(tmp_path, monkeypatch, key, use_w
     with Tracker(_Args(str(tmp_path), use_wandb=use_wandb), io.StringIO()) as tracker:
         tracker.log(0, 1, METRICS)
     assert calls["mode"] == mode
+    assert calls["settings"]["x_disable_meta"] is True, "it would note the command line"
     assert calls["config"] == {"num_rollout": 20}
     assert calls["finished"]
     assert calls["logged"][0]["opd_reverse_kl"] == 0.4123

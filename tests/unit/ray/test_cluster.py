@@ -147,6 +147,32 @@ def test_spans_are_taken_while_the_actor_works_on(cluster, monkeypatch):
     assert ray.wait([busy], timeout=0)[0] == []
 
 
+def test_rays_open_ports_ask_for_a_token(cluster):
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize("given", [None, "chosen"])
+def test_engines_that_other_machines_reach_get_a_key(monkeypatch, tmp_path, given):
+    """On one machine they listen on loopback, where upstream's plugins send no key."""
+    monkeypatch.setattr(Cluster, "_start_ray", lambda self: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    for machines in (1, 2):
+        nodes = [{"Alive": True}] * machines
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
+        monkeypatch.delenv("SLIME_ENGINE_API_KEY", raising=False)
+        if given:
+            monkeypatch.setenv("SLIME_ENGINE_API_KEY", given)
+        with monkeypatch.context() as patched:
+            patched.setattr(Cluster, "stop", lambda self: None)
+            with Cluster(cast(Any, _Args(str(tmp_path)))) as many:
+                key = many._surroundings.environment.get("SLIME_ENGINE_API_KEY")
+        if given or machines == 1:
+            assert key == given
+        else:
+            assert key is not None
+            assert len(key) == 32
+
+
 def test_one_machine_is_seen_as_one(cluster):
     assert cluster.one_machine
     assert cluster.resources.num_ranks == 1

@@ -9,10 +9,12 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from slime.engines.errors import ScoreMismatchError
 from slime.rollout.failures import Failures
-from slime.rollout.rewards import Rewards
+from slime.rollout.rewards import Rewards, TeacherKeyError
 from slime.utils.types import Sample, SampleStatus
 from tests.fakes.rollouts import answered_sample, facts, rollout_args, teacher_tensor
 
@@ -72,6 +74,29 @@ async def test_a_hybrid_plugin_returns_its_own_rewards(monkeypatch: pytest.Monke
 
     (sample,) = await judged(rewards(monkeypatch, post=hybrid), answered_sample())
     assert (sample.metadata["raw_reward"], sample.metadata["train_reward"]) == (1.0, 0.25)
+
+
+@pytest.mark.parametrize("checks_status", [True, False])
+async def test_a_plugin_without_a_header_is_told_that_the_teacher_wants_a_key(
+    monkeypatch: pytest.MonkeyPatch, checks_status: bool
+) -> None:
+    async def refused(request: web.Request) -> web.Response:
+        assert "Authorization" not in request.headers
+        return web.json_response({"error": "Unauthorized"}, status=401)
+
+    app = web.Application()
+    app.router.add_post("/generate", refused)
+
+    async def upstream(args: Any, sample: Sample, **kwargs: Any) -> Any:
+        async with aiohttp.ClientSession() as session, session.post(url, json={}) as answer:
+            if checks_status:
+                answer.raise_for_status()
+            return await answer.json()
+
+    async with TestServer(app) as server:
+        url = str(server.make_url("/generate"))
+        with pytest.raises(TeacherKeyError, match=r"planted_plugin\.reward sent none.*SLIME_ENGINE_API_KEY"):
+            await judged(rewards(monkeypatch, reward=upstream), answered_sample())
 
 
 async def test_task_reward_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

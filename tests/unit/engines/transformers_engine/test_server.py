@@ -57,6 +57,11 @@ def bearer(key: str) -> dict[str, str]:
 )
 async def test_each_key_opens_its_own_doors(client):
     assert (await client.get("/health")).status == 200
+    assert (await client.get("/ready")).status == 200
+    for path in ("/health_generate", "/server_info", "/model_info", "/v1/models"):
+        assert (await client.get(path)).status == 401
+    odd = {"Authorization": b"Bearer \xff\xfe".decode("utf-8", "surrogateescape")}
+    assert (await client.get("/server_info", headers=odd)).status == 401
     assert (await client.post("/generate", json=BODY)).status == 401
     assert (await client.post("/generate", json=BODY, headers=bearer("root"))).status == 401
     assert (await client.post("/generate", json=BODY, headers=bearer("user"))).status == 200

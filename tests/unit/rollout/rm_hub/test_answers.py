@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
+from slime.rollout.rm_hub import answers
 from slime.rollout.rm_hub.answers import TAIL_CHARACTERS, as_number, final_answer, quick_verdict
 
 
@@ -24,6 +26,12 @@ from slime.rollout.rm_hub.answers import TAIL_CHARACTERS, as_number, final_answe
         (r"\boxed{" + "1" * 5000 + "}", None),
         (r"\boxed{5}" + " " * TAIL_CHARACTERS, None),
         ("x" * 10 * TAIL_CHARACTERS + r"\boxed{5}", "5"),
+        ("}" * 1_000_000 + r"\boxed{5}", "5"),
+        (r"\boxed{5}" + r"\boxed{" * 2_000, "5"),
+        (r"\boxed{" * 2_000 + "6" + "}" * 2_000, "6"),
+        ("{" * 8_000 + r"\boxed{7}" + "}" * 7_000, "7"),
+        (r"\boxed{8\}}", r"8\}"),
+        ("\0\\boxed{9}\0", "9"),
     ],
 )
 def test_the_last_box_behind_the_thinking_counts(response: str, answer: str | None) -> None:
@@ -55,10 +63,30 @@ def test_the_last_box_behind_the_thinking_counts(response: str, answer: str | No
         ("1/0", "5", None),
         ("1,20", "120", None),
         ("9" * 80, "5", None),
+        ("6=5", "5", False),
+        ("5=5", "5", None),
+        ("x=6=5", "5", False),
+        ("5", " " * 1_000_000 + "5", False),
+        ("5", "(" * 1_000_000, False),
     ],
 )
 def test_plain_answers_are_compared_on_the_spot(answer: str, label: str, verdict: bool | None) -> None:
     assert quick_verdict(answer, label) is verdict
+
+
+def test_a_response_of_open_boxes_costs_no_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each of a thousand boxes looked for its end up to the end of the response, in the event loop."""
+    looked_at: list[int] = []
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __getitem__(self, place: Any) -> str:
+            looked_at.append(1)
+            return str.__getitem__(self, place)
+
+    assert answers._closing_braces(Counted(r"\boxed{" * 2_000)) == {}
+    assert len(looked_at) == 2_000
 
 
 def test_numbers_are_exact() -> None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from slime.rollout import rm_hub
 from slime.rollout.rm_hub import async_rm, math_rm, rule_named
+from slime.rollout.rm_hub import grader as grader_module
 from slime.rollout.rm_hub.grader import Grader, shared_grader
 from slime.rollout.rm_hub.math_rm import compute_math_reward
 from slime.utils.types import Sample
@@ -93,6 +96,62 @@ def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
     verdicts = [grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) for _ in range(4)]
     assert verdicts[-1] is True
     assert grader.timeouts == verdicts.count(False) <= 2
+
+
+def test_a_worker_near_its_memory_limit_is_replaced_and_counted(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its library takes a failed allocation for a wrong answer; here a right one is not trusted either."""
+    text = grader_module._WORKER_FILE.read_text()
+    small = text.replace("ADDRESS_SPACE_BYTES = 2**30", "ADDRESS_SPACE_BYTES = 110 * 2**20")
+    assert small != text
+    (tmp_path / "worker.py").write_text(small)
+    with monkeypatch.context() as patched:
+        patched.setattr(grader_module, "_WORKER_FILE", tmp_path / "worker.py")
+        assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is False
+    assert grader.timeouts == 1
+    assert not grader._workers
+    assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is True
+
+
+@pytest.mark.parametrize("said", ["import this", "1", "[true]", "", "truetrue"])
+def test_what_is_no_verdict_is_none(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str
+) -> None:
+    (tmp_path / "worker.py").write_text(
+        f"print('true', flush=True)\nfor line in open(0): print({said!r}, flush=True)"
+    )
+    monkeypatch.setattr(grader_module, "_WORKER_FILE", tmp_path / "worker.py")
+    assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is False
+    assert grader.timeouts == 1
+
+
+def test_a_worker_has_no_secrets_and_does_nothing_but_compare(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "planted")
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    assert grader.submit("\\sqrt{12}", "2\\sqrt{3}").result(60) is True
+    (worker,) = grader._workers
+    environment = psutil.Process(worker._process.pid).environ()
+    assert environment["PATH"] == os.environ["PATH"]
+    assert "planted" not in environment.values()
+    assert not {"WANDB_API_KEY", "HF_TOKEN"} & environment.keys()
+    code = (
+        "import os, sys, socket, subprocess; sys.addaudithook(__import__('grader_worker')._refuse)\n"
+        "attempts = [lambda: os.system('true'), lambda: subprocess.run(['true']), os.fork,\n"
+        "            lambda: os.remove('x'), lambda: socket.create_connection(('127.0.0.1', 9)),\n"
+        "            lambda: open('x')]\n"
+        "for attempt in attempts:\n"
+        "    try: attempt()\n"
+        "    except OSError as error: print(type(error).__name__)\n"
+    )
+    folder = grader_module._WORKER_FILE.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(folder)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.split() == [*["PermissionError"] * 5, "FileNotFoundError"]
 
 
 def test_a_closed_grader_leaves_no_process() -> None:
