@@ -19,7 +19,8 @@ from tests.fakes.rollouts import fake_engine
 REPOSITORY = Path(__file__).parents[3]
 COPIED = (
     *(f"slime/engines/{name}.py" for name in ("api", "scores", "errors", "client", "replicas", "retry")),
-    *(f"slime/engines/{name}.py" for name in ("transport", "model_facts", "pictures")),
+    *(f"slime/engines/{name}.py" for name in ("transport", "model_facts", "pictures", "keys")),
+    "slime/engines/sglang_serve.py",
     "slime/utils/pictures.py",
     "slime/rollout/on_policy_distillation.py",
     "slime/utils/pictures.py",
