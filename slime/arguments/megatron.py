@@ -32,6 +32,32 @@ class MegatronArgs:
     )
     recompute_num_layers: int | None = flag(None, help="Layers in a recomputed group.", at_least=1)
 
+    @property
+    def ranks_per_model(self) -> int:
+        """Training ranks that share one copy of the model."""
+        return (
+            self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+        )
+
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
-        yield from ()
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            yield (
+                "--sequence-parallel cuts sequences between tensor-parallel ranks, and "
+                "--tensor-model-parallel-size is 1. Drop it, or raise that."
+            )
+        if self.recompute_granularity == "full" and None in (
+            self.recompute_method,
+            self.recompute_num_layers,
+        ):
+            yield (
+                "--recompute-granularity full needs to know which layers; add --recompute-method uniform "
+                "--recompute-num-layers 1."
+            )
+        if self.recompute_granularity != "full" and (
+            self.recompute_method is not None or self.recompute_num_layers is not None
+        ):
+            yield (
+                "--recompute-method and --recompute-num-layers are about --recompute-granularity full. Add "
+                "that, or drop them."
+            )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
+from slime.backends.base import TrainBackend
 from slime.backends.fsdp.backend import FsdpBackend
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -79,12 +80,21 @@ def free_port() -> int:
 
 @contextmanager
 def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = None) -> Iterator[FsdpBackend]:
-    """Give a backend in a process group of its own."""
+    """Give an FSDP backend in a process group of its own."""
+    with joined_backend(args, rank, world_size, port) as backend:
+        assert isinstance(backend, FsdpBackend)
+        yield backend
+
+
+@contextmanager
+def joined_backend(
+    args: Args, rank: int = 0, world_size: int = 1, port: int | None = None
+) -> Iterator[TrainBackend]:
+    """Give the backend that the arguments name in a process group of its own."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "LOCAL_RANK": "0"}
     with patch.dict(os.environ, environment):
         backend = create_backend(args, rank, world_size)
     try:
-        assert isinstance(backend, FsdpBackend)
         yield backend
     finally:
         backend.close()
@@ -94,13 +104,13 @@ def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
     """Run one job as one rank."""
     args = make_args(model, *job.flags, samples=len(job.samples), ranks=world_size)
     outcome = Outcome()
-    with joined(args, rank, world_size, job.port) as backend:
+    with joined_backend(args, rank, world_size, job.port) as backend:
         if job.load is not None:
             backend.load_checkpoint(Path(job.load))
         trainer = Trainer(args, backend, load_processor(model))
         for rollout_id in range(job.rollouts):
-            shards = build_shards(args, job.samples, job.pictures, world_size, rollout_id)
-            outcome.metrics.append(trainer.train(rollout_id, shards[rank]))
+            shards = build_shards(args, job.samples, job.pictures, args.num_data_ranks, rollout_id)
+            outcome.metrics.append(trainer.train(rollout_id, shards[args.data_rank(rank)]))
         if job.save is not None:
             backend.save_checkpoint(Path(job.save))
         outcome.weights = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}

@@ -17,7 +17,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from slime.backends.base import LossInputs
 from slime.backends.batching import MicroBatch
-from slime.backends.fsdp.attention import borders
+from slime.backends.attention import borders
 from slime.backends.fsdp.outputs import ResponseOutputs
 
 Result = TypeVar("Result")
