@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -78,6 +79,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def quiet_ports() -> Iterator[int]:
+    """Yield free ports that no connection is given by itself: they are still free in a minute."""
+    for port in random.sample(range(20000, 32000), 12000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            yield port
+
+
 @contextmanager
 def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = None) -> Iterator[FsdpBackend]:
     """Give an FSDP backend in a process group of its own."""
@@ -125,8 +134,8 @@ def train_on_ranks(
     Raises:
         AssertionError: a rank failed, or they were not done in time: a hang.
     """
-    for job in jobs:
-        job.port = free_port()
+    for job, port in zip(jobs, quiet_ports(), strict=False):
+        job.port = port
     torch.save(list(jobs), folder / "jobs.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ranks = [

@@ -110,11 +110,13 @@ class MegatronBackend:
             chunk_size=self._args.logprob_chunk_size,
             masked_ids=self._masked_ids,
         )
-        checkpoint = Checkpoint(path)
-        published = publishes_experts(checkpoint, shape.hidden)
-        parameters = named_parameters(model, self._ranks, published_experts=published)
+        parameters = named_parameters(model, self._ranks)
         mark_shared(parameters)
-        load_weights(parameters, checkpoint, tied=shape.tied)
+        checkpoint = Checkpoint(path)
+        stored = named_parameters(
+            model, self._ranks, published_experts=publishes_experts(checkpoint, shape.hidden)
+        )
+        load_weights(stored, checkpoint, tied=shape.tied)
         if self._args.gradient_checkpointing and model.vision_model is not None:
             tower: Any = model.vision_model
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -20,7 +20,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return the configuration of a model of this shape."""
     on_gpu = device.type == "cuda"
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -50,8 +50,6 @@ def transformer_config(
         expert_tensor_parallel_size=sizes.expert_tensor,
         # Losses are shares of a global mean: gradients add up over micro-batches and ranks, undivided.
         calculate_per_token_loss=True,
-        # Micro-batches differ in length; without this every stage would expect the first one's.
-        variable_seq_lengths=sizes.pipeline > 1,
         batch_p2p_sync=on_gpu,
         # These need CUDA extensions (of Apex) that no installation of ours has.
         gradient_accumulation_fusion=False,
@@ -62,6 +60,11 @@ def transformer_config(
         **_mixture(shape, on_gpu),
         **_recomputation(args),
     )
+    # Micro-batches differ in length; without this every stage would expect the first one's. Set afterwards,
+    # because Megatron refuses it beside the "allgather" way to the experts, whose ranks need rows of one
+    # length: the backend fills them up.
+    config.variable_seq_lengths = sizes.pipeline > 1
+    return config
 
 
 def _mixture(shape: ModelShape, on_gpu: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -32,7 +32,7 @@ class Stepper:
 
     def __init__(self, args: Args, model: DistributedDataParallel, dtype: torch.dtype) -> None:
         self._model = model
-        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+        self.optimizer: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=args.lr,
@@ -52,6 +52,11 @@ class Stepper:
             # Megatron leaves this to its own schedule of weight decay.
             group["weight_decay"] = args.weight_decay * group["wd_mult"]
 
+    @property
+    def parts(self) -> list[MegatronOptimizer]:
+        """The optimizers behind Megatron's one: that of experts on other ranks is apart."""
+        return self.optimizer.chained_optimizers
+
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients of all ranks, before clipping. Collective."""
         self.optimizer.prepare_grads()
@@ -59,7 +64,7 @@ class Stepper:
 
     def step(self, norm: float, lr: float) -> None:
         """Clip gradients of this norm and step. Collective."""
-        parameters = self.optimizer.get_parameters()
+        parameters = [each for part in self.parts for each in part.get_parameters()]
         if self._clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, self._clip_grad, norm)
         for group in self.optimizer.param_groups:
