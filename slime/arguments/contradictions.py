@@ -145,8 +145,8 @@ def _parallelism(args: Args) -> Iterator[str]:
             f"{args.num_train_ranks} training ranks (--actor-num-nodes {args.actor_num_nodes} times "
             f"--actor-num-gpus-per-node {args.actor_num_gpus_per_node}) do not divide into models of "
             f"{args.ranks_per_model} (--tensor-model-parallel-size {args.tensor_model_parallel_size} times "
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} times --context-parallel-size "
-            f"{args.context_parallel_size})."
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} times "
+            f"--context-parallel-size {args.context_parallel_size}). Make the first a multiple of the second."
         )
     experts = args.expert_model_parallel_size * (
         args.tensor_model_parallel_size

@@ -78,9 +78,12 @@ class PackedCoreAttention(MegatronModule):
         if self._context.size() > 1:
             return self._over_ranks(query, key, value, packed_seq_params)
         row = packed_seq_params.row
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, H, T, D]
         attended, _ = packed_attention(
             self,
-            *(states.transpose(0, 1)[None] for states in (query, key, value)),
+            query,
+            key,
+            value,
             None,
             scaling=self._scale,
             lengths=row.lengths,

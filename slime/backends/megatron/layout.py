@@ -2,8 +2,8 @@
 
 Samples lie end to end, each filled up so that context-parallel ranks get equal shares; what a micro-batch of
 padded rows has to the right of a sample becomes its filling. Under a causal mask no token sees the filling
-behind it, and no response position is there. Shape letters: T tokens of the row, filling counted, L of them on
-this rank, P response tokens, I pictures, B samples.
+behind it, and no response position is there. Shape letters: T tokens of the row, filling counted, L of them
+on this rank, P response tokens, B samples.
 """
 
 from __future__ import annotations

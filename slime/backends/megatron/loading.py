@@ -84,9 +84,7 @@ def load_weights(parameters: Sequence[Named], checkpoint: Checkpoint, *, tied: b
     if unused:
         found.add(f"{len(unused)} tensors belong to no parameter ({', '.join(sorted(unused)[:3])})")
     if found:
-        raise ValueError(
-            f"the checkpoint is not what its config.json says: {'; '.join(sorted(found)[:5])}."
-        )
+        raise ValueError(f"the checkpoint is not what its config.json says: {'; '.join(sorted(found)[:5])}.")
     for named in parameters:
         fill(named, checkpoint)
 

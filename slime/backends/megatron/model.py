@@ -1,7 +1,6 @@
 """The policy on megatron-core: transformers' vision tower, whole on every rank, before Megatron's decoder.
 
-Shape letters: T tokens of a row, L of them on this rank, H values of a hidden state, P response tokens,
-I pictures.
+Shape letters: T tokens of a row, L of them on this rank, H values of a hidden state, P response tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from slime.backends.megatron.weights import padded_vocabulary
 
 
 class PolicyModel(MegatronModule):
-    """This rank's part of the model; its forward pass ends in hidden states, a loss asks `outputs` for more."""
+    """This rank's part of the model; forward passes end in hidden states, a loss asks `outputs` for more."""
 
     def __init__(
         self,
@@ -105,11 +104,9 @@ class PolicyModel(MegatronModule):
             )
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        head = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.language_model.output_layer.weight
-        )
+        head: Any = self.language_model.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            head = self.shared_embedding_or_output_weight()
         return ResponseOutputs(
             hidden[:, 0].index_select(0, row.response_local),
             head,

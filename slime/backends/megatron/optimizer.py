@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from slime.backends.megatron.model import PolicyModel
 
@@ -64,7 +65,7 @@ class Stepper:
 
     def step(self, norm: float, lr: float) -> None:
         """Clip gradients of this norm and step. Collective."""
-        parameters = [each for part in self.parts for each in part.get_parameters()]
+        parameters: list[Tensor] = [each for part in self.parts for each in part.get_parameters()]
         if self._clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, self._clip_grad, norm)
         for group in self.optimizer.param_groups:

@@ -145,9 +145,7 @@ class ResponseOutputs:
 
     def _compute(self, hidden: Tensor, ids: Tensor, *, with_rest: bool = False) -> SlicedLogProbs:
         mine = ids.index_select(0, self._rows)
-        made = _SlicedLogProbs.apply(
-            hidden, self._head, mine, self._chunk_size, self._vocabulary, with_rest
-        )
+        made = _SlicedLogProbs.apply(hidden, self._head, mine, self._chunk_size, self._vocabulary, with_rest)
         return SlicedLogProbs(*made)
 
     def _whole(self, values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -53,8 +53,8 @@ class Parallelism:
         mixture = shape.experts > 0
         if shape.kv_heads % self.tensor:
             yield (
-                f"--tensor-model-parallel-size {self.tensor} does not divide the model's {shape.kv_heads} heads "
-                f"of keys. Choose a divisor of {shape.kv_heads}."
+                f"--tensor-model-parallel-size {self.tensor} does not divide the model's {shape.kv_heads} "
+                f"heads of keys. Choose a divisor of {shape.kv_heads}."
             )
         if shape.layers % self.pipeline:
             yield (
@@ -63,14 +63,15 @@ class Parallelism:
             )
         if shape.deepstack_levels > shape.layers // self.pipeline:
             yield (
-                f"--pipeline-model-parallel-size {self.pipeline} leaves {shape.layers // self.pipeline} layers "
-                f"to the first stage, and features of the picture go into the first {shape.deepstack_levels} "
-                "(deepstack): those of later stages would be lost. Use fewer stages."
+                f"--pipeline-model-parallel-size {self.pipeline} leaves {shape.layers // self.pipeline} "
+                "layers to the first stage, and features of the picture go into the first "
+                f"{shape.deepstack_levels} (deepstack): those of later stages would be lost. Use fewer "
+                "stages."
             )
         if not mixture and (self.expert > 1 or self.expert_tensor != self.tensor):
             yield (
-                "--expert-model-parallel-size and --expert-tensor-parallel-size are about a mixture of experts, "
-                "and the model is dense. Drop them."
+                "--expert-model-parallel-size and --expert-tensor-parallel-size are about a mixture of "
+                "experts, and the model is dense. Drop them."
             )
         if not mixture:
             return
@@ -88,8 +89,8 @@ class Parallelism:
             )
         if self.tensor > 1 and not self.sequence:
             yield (
-                "a mixture of experts under --tensor-model-parallel-size needs --sequence-parallel: without it "
-                "every rank sends every token to the experts. Add it."
+                "a mixture of experts under --tensor-model-parallel-size needs --sequence-parallel: without "
+                "it every rank sends every token to the experts. Add it."
             )
 
 
@@ -110,18 +111,19 @@ class Ranks:
         tensor_parallel.model_parallel_cuda_manual_seed(
             seed, inference_rng_tracker=on_cpu, force_reset_rng=True
         )
-        self.tensor = parallel_state.get_tensor_model_parallel_group()
-        self.pipeline = parallel_state.get_pipeline_model_parallel_group()
-        self.context = parallel_state.get_context_parallel_group()
-        self.data = parallel_state.get_data_parallel_group()
-        self.data_and_context = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.experts = parallel_state.get_expert_tensor_and_model_parallel_group()
+        state: Any = parallel_state
+        self.tensor: dist.ProcessGroup = state.get_tensor_model_parallel_group()
+        self.pipeline: dist.ProcessGroup = state.get_pipeline_model_parallel_group()
+        self.context: dist.ProcessGroup = state.get_context_parallel_group()
+        self.data: dist.ProcessGroup = state.get_data_parallel_group()
+        self.experts: dist.ProcessGroup = state.get_expert_tensor_and_model_parallel_group()
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
-        self.expert_place = (
-            parallel_state.get_expert_model_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_rank(),
+        self.expert_place: tuple[int, int] = (
+            state.get_expert_model_parallel_rank(),
+            state.get_expert_tensor_parallel_rank(),
         )
+        """Among the ranks of expert parallelism, and among those that share an expert."""
 
     @property
     def sharing(self) -> Sharing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
@@ -27,7 +28,7 @@ class Named:
 
 def named_parameters(model: PolicyModel, ranks: Ranks, *, published_experts: bool = True) -> list[Named]:
     """Return this rank's parameters in the order of the model."""
-    layers = model.language_model.decoder.layers
+    layers: Any = model.language_model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     expert_rank, expert_tensor_rank = ranks.expert_place
     first_expert = expert_rank * (model.shape.experts // ranks.sizes.expert)
@@ -47,8 +48,8 @@ def named_parameters(model: PolicyModel, ranks: Ranks, *, published_experts: boo
 def mark_shared(parameters: list[Named]) -> None:
     """Tell Megatron which parameters are slices, so that gradient norms count each value once.
 
-    It does so itself only where it draws the weights. Experts count on every rank: those of one expert-parallel
-    group differ.
+    It does so itself only where it draws the weights. Experts count on every rank: those of one
+    expert-parallel group differ.
     """
     for named in parameters:
         for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):

@@ -39,9 +39,10 @@ def mrope_positions(
             frames, height, width = next(pictures)
             rows, columns = height // merge_size, width // merge_size
             place = picture + frames * rows * columns
-            positions[:, picture:place] = count + torch.cartesian_prod(
-                torch.arange(frames), torch.arange(rows), torch.arange(columns)
-            ).T
+            positions[:, picture:place] = (
+                count
+                + torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).T
+            )
             count += max(rows, columns)
         positions[:, place:end] = torch.arange(count, count + end - place)
         start = end

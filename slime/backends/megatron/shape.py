@@ -1,4 +1,4 @@
-"""What the backend knows of a model: the numbers of its Hugging Face config, checked for what is built here."""
+"""What the backend knows of a model: the numbers of its config, checked for what is built here."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     kind = config.model_type
     if kind not in (*VISION_TYPES, *TEXT_TYPES):
         raise ValueError(
-            f"--train-backend megatron builds {', '.join((*VISION_TYPES, *TEXT_TYPES))}, and the checkpoint is a "
-            f"{kind}; use --train-backend fsdp."
+            f"--train-backend megatron builds {', '.join((*VISION_TYPES, *TEXT_TYPES))}, and the checkpoint "
+            f"is a {kind}; use --train-backend fsdp."
         )
     text: Any = config.get_text_config()
     vision: Any = config.vision_config if kind in VISION_TYPES else None

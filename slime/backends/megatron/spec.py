@@ -55,7 +55,8 @@ class DeepstackLayer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states, and the features for the layers that follow."""
-        hidden, features = super().forward(*args, **kwargs)
+        made: Any = super().forward(*args, **kwargs)
+        hidden, features = made
         level = self.layer_number - 1
         if features is not None and level < features.shape[0]:
             hidden = hidden + features[level]
@@ -67,10 +68,8 @@ def block_spec(config: TransformerConfig, device: torch.device) -> TransformerBl
     with_engine = uses_transformer_engine(device)
     layer = _engine_layer(config) if with_engine else _plain_layer(config)
     layer.module = DeepstackLayer
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config),
-        layer_norm=TENorm if with_engine else RootMeanSquareNorm,
-    )
+    norm: Any = TENorm if with_engine else RootMeanSquareNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def uses_transformer_engine(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from slime.backends.megatron.shape import ModelShape
 
 Split = Literal["whole", "tensor", "expert"]
-"""Which ranks share a parameter: none (each holds all of it), those of tensor parallelism, those of experts."""
+"""Which ranks share a parameter: none (each has all of it), those of tensor parallelism, those of experts."""
 
 VISION = "vision_model."
 TEXT = "language_model."
@@ -117,7 +117,9 @@ def describe(
         return _whole(name, f"{shape.text_prefix}norm.weight", (shape.hidden,))
     match = _LAYER.fullmatch(name)
     if match is None:
-        raise ValueError(f"the model has a parameter {name}, and the table knows no checkpoint tensor for it.")
+        raise ValueError(
+            f"the model has a parameter {name}, and the table knows no checkpoint tensor for it."
+        )
     return _of_layer(shape, name, f"{shape.text_prefix}layers.{match[1]}.", match[2], published_experts)
 
 
