@@ -9,8 +9,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from safetensors.torch import save_file
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
+from slime.backends.fsdp.export import hf_named_parameters
 from slime.tiny.model import build_config, save_processor
 from slime.tiny.tokenizer import build_tokenizer
 from slime.utils.types import Sample, SampleStatus
@@ -30,6 +38,33 @@ def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path
     text.vocab_size = VOCABULARY
     torch.manual_seed(seed)
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
+    save_processor(folder)
+    return folder
+
+
+def save_mixture_model(folder: Path, *, tied: bool = False, published: bool = True, seed: int = 0) -> Path:
+    """Write a float32 Qwen3-VL whose layers are mixtures of four experts, with random weights.
+
+    Experts lie as in published checkpoints, or as transformers saves them.
+    """
+    dense = build_config(build_tokenizer()).to_dict()
+    text, vision = ({**dense[part]} for part in ("text_config", "vision_config"))
+    del text["model_type"], vision["model_type"]
+    text |= {"vocab_size": VOCABULARY, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    text |= {"moe_intermediate_size": 20, "tie_word_embeddings": tied}
+    ids = {name: value for name, value in dense.items() if name.endswith("_token_id")}
+    torch.manual_seed(seed)
+    model = Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    ).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name or name.endswith("mlp.gate.weight"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    if published:
+        weights = {name: tensor.contiguous() for name, tensor in hf_named_parameters(model, torch.float32)}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_processor(folder)
     return folder
 

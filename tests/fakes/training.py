@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
-from slime.backends.base import TrainBackend
+from slime.backends.base import NonFiniteError, TrainBackend
 from slime.backends.fsdp.backend import FsdpBackend
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -50,6 +50,10 @@ class Job:
     port: int = 0
     load: str | None = None
     save: str | None = None
+    model: Path | None = None
+    """None: that of the other jobs."""
+    masked_ids: tuple[int, ...] = ()
+    """Tokens that are never sampled."""
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Outcome:
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    error: str | None = None
+    """What the trainer said of a loss or gradient that is not finite."""
 
 
 def make_args(model: Path, *flags: str, samples: int = 8, ranks: int = 1) -> Args:
@@ -97,12 +103,16 @@ def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = No
 
 @contextmanager
 def joined_backend(
-    args: Args, rank: int = 0, world_size: int = 1, port: int | None = None
+    args: Args,
+    rank: int = 0,
+    world_size: int = 1,
+    port: int | None = None,
+    masked_ids: Sequence[int] = (),
 ) -> Iterator[TrainBackend]:
     """Give the backend that the arguments name in a process group of its own."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "LOCAL_RANK": "0"}
     with patch.dict(os.environ, environment):
-        backend = create_backend(args, rank, world_size)
+        backend = create_backend(args, rank, world_size, masked_ids)
     try:
         yield backend
     finally:
@@ -111,15 +121,19 @@ def joined_backend(
 
 def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
     """Run one job as one rank."""
+    model = job.model or model
     args = make_args(model, *job.flags, samples=len(job.samples), ranks=world_size)
     outcome = Outcome()
-    with joined_backend(args, rank, world_size, job.port) as backend:
+    with joined_backend(args, rank, world_size, job.port, job.masked_ids) as backend:
         if job.load is not None:
             backend.load_checkpoint(Path(job.load))
-        trainer = Trainer(args, backend, load_processor(model))
+        trainer = Trainer(args, backend, load_processor(model), job.masked_ids)
         for rollout_id in range(job.rollouts):
             shards = build_shards(args, job.samples, job.pictures, args.num_data_ranks, rollout_id)
-            outcome.metrics.append(trainer.train(rollout_id, shards[args.data_rank(rank)]))
+            try:
+                outcome.metrics.append(trainer.train(rollout_id, shards[args.data_rank(rank)]))
+            except NonFiniteError as error:
+                outcome.error = str(error)
         if job.save is not None:
             backend.save_checkpoint(Path(job.save))
         outcome.weights = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
