@@ -73,7 +73,7 @@ def save_text_model(folder: Path, *, seed: int = 0) -> Path:
     """Write a float32 Qwen3 with random weights and the tiny tokenizer."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(build_tokenizer()) + 1,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

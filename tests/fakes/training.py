@@ -52,6 +52,7 @@ class Job:
     save: str | None = None
     model: Path | None = None
     """None: that of the other jobs."""
+    keep_loaded: bool = False
     masked_ids: tuple[int, ...] = ()
     """Tokens that are never sampled."""
 
@@ -62,6 +63,8 @@ class Outcome:
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+    """The full weights before the first, where the job asks for them."""
     error: str | None = None
     """What the trainer said of a loss or gradient that is not finite."""
 
@@ -127,6 +130,8 @@ def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
     with joined_backend(args, rank, world_size, job.port, job.masked_ids) as backend:
         if job.load is not None:
             backend.load_checkpoint(Path(job.load))
+        if job.keep_loaded:
+            outcome.loaded = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
         trainer = Trainer(args, backend, load_processor(model), job.masked_ids)
         for rollout_id in range(job.rollouts):
             shards = build_shards(args, job.samples, job.pictures, args.num_data_ranks, rollout_id)
