@@ -244,7 +244,10 @@ def test_the_output_folder_is_fresh_and_printed_first_and_last(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"EXTRA_ARGS": "--tensor-model-parallel-size 2"}, "--train-backend fsdp shards over all training ranks"),
+        (
+            {"EXTRA_ARGS": "--tensor-model-parallel-size 2"},
+            "--train-backend fsdp shards over all",
+        ),
         ({"OPD_KL_COEF": "0"}, "nothing would be distilled"),
         ({"EXTRA_ARGS": "--num-rolout 3"}, "did you mean --num-rollout"),
         ({"STUDENT_MODEL": "/no/such/folder"}, "SLIME_SCRIPT_STUDENT_MODEL is /no/such/folder"),

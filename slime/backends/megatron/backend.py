@@ -17,12 +17,14 @@ from torch import Tensor
 
 from slime.backends.base import LossFn, LossInputs, Metrics, ModelTag, NonFiniteError
 from slime.backends.batching import MicroBatch
+from slime.backends.megatron.checkpoint import load_sharded, save_sharded
 from slime.backends.megatron.config import transformer_config
 from slime.backends.megatron.export import Exporter
 from slime.backends.megatron.layout import Row, lay_out, lengths_of, row_tokens
 from slime.backends.megatron.loading import Checkpoint, load_weights, publishes_experts
 from slime.backends.megatron.model import PolicyModel
 from slime.backends.megatron.optimizer import Stepper, wrap
+from slime.backends.megatron.optimizer_state import OptimizerState
 from slime.backends.megatron.parallel import Parallelism, Ranks
 from slime.backends.megatron.parameters import Named, mark_shared, named_parameters
 from slime.backends.megatron.shape import read_config, shape_of
@@ -63,6 +65,8 @@ class MegatronBackend:
             self._student = student
             self._ddp = wrap(args, student)
             self._stepper = Stepper(args, self._ddp, self._dtype)
+            self._parameters = parameters
+            self._state = OptimizerState(self._stepper, parameters)
             self._exporter = Exporter(parameters, student.shape, self._ranks, device)
             self._reference: PolicyModel | None = None
             if args.kl_loss_coef > 0:
@@ -266,11 +270,11 @@ class MegatronBackend:
 
     def save_checkpoint(self, path: Path) -> None:
         """Write model, optimizer and schedule below `path`. Collective."""
-        raise NotImplementedError("checkpoints of --train-backend megatron have not landed")
+        save_sharded(path, self._exporter, self._state, self._steps)
 
     def load_checkpoint(self, path: Path) -> None:
         """Read what `save_checkpoint` wrote, under any number of ranks. Collective."""
-        raise NotImplementedError("checkpoints of --train-backend megatron have not landed")
+        self._steps = load_sharded(path, self._parameters, self._state)
 
     def close(self) -> None:
         """Leave the process group."""
