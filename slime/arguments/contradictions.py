@@ -26,6 +26,10 @@ def _distillation(args: Args) -> Iterator[str]:
             "--opd-type megatron loads the teacher inside Megatron, and --train-backend is fsdp; "
             "serve the teacher and use --opd-type sglang with --rm-url."
         )
+    if args.opd_type == "megatron" and args.opd_teacher_load is None:
+        yield (
+            "--opd-type megatron holds the teacher in the trainer; name its checkpoint by --opd-teacher-load."
+        )
     if args.use_opd and args.opd_type == "sglang" and args.rm_url is None and not args.replays:
         yield (
             "--use-opd --opd-type sglang needs the teacher's address; "

@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the package's __init__ imports this module
     from slime.arguments import Args
 
-INNER_TEACHER = "a teacher inside the trainer has not landed"
-
 PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
-    (
-        "--opd-type megatron",
-        lambda args: args.opd_type == "megatron",
-        f"{INNER_TEACHER}. Use --opd-type sglang with --rm-url.",
-    ),
-    (
-        "--opd-teacher-load",
-        lambda args: args.opd_teacher_load is not None,
-        f"{INNER_TEACHER}. Serve the teacher and name it by --rm-url.",
-    ),
     (
         "--colocate",
         lambda args: args.colocate,

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slime.backends.batching import MicroBatchBuilder
 from slime.tiny.paths import checkpoint_path
+from slime.trainer import build_shards
+from slime.utils.processing_utils import load_processor
 from tests.fakes.tiny_model import make_samples, save_mixture_model, save_text_model, save_vision_model
 from tests.fakes.training import (
     DISTILL,
@@ -36,6 +39,7 @@ TOLERANCE = 2e-6
 MASKED = (3, 4, 6, 7, 129)
 """Pictures' marks and one ordinary token, in both halves of the vocabulary."""
 MEGATRON = ("--train-backend", "megatron")
+INNER_TEACHER = ("--use-opd", "--opd-type", "megatron", *MEGATRON, "--rm-type", "math", "--opd-teacher-load")
 TP2 = ("--tensor-model-parallel-size", "2")
 SP = ("--sequence-parallel",)
 PP2 = ("--pipeline-model-parallel-size", "2")
@@ -133,6 +137,7 @@ def two_ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     weights = load_file(broken / "model.safetensors")
     weights["model.language_model.norm.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    jobs["inner teacher"] = taught_job(models, *INNER_TEACHER, str(models["mixture"]), *TP2, *SP, *EP2)
     jobs |= jobs_of({"not finite": Case("broken", "topk", PP2)}, {"broken": broken})
     return run(jobs, tmp_path_factory.mktemp("ranks"), 2)
 
@@ -146,6 +151,13 @@ def jobs_of(cases: dict[str, Case], models: dict[str, Path]) -> dict[str, Job]:
 def run(jobs: dict[str, Job], folder: Path, ranks: int) -> dict[str, list[Outcome]]:
     outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks, timeout=280)
     return dict(zip(jobs, outcomes, strict=True))
+
+
+def taught_job(models: dict[str, Path], *flags: str) -> Job:
+    """A dense student that learns from a mixture of experts, pure distillation on sampled tokens."""
+    samples, pictures = make_samples(8)
+    more = (*LINEAR_STEP, *SPLIT, "--opd-kl-clip", "9", "--calculate-per-token-loss")
+    return Job((*flags, *more), samples, pictures, model=models["dense"], masked_ids=MASKED)
 
 
 EXPECTED: dict[tuple[str, str, int], Outcome] = {}
@@ -199,6 +211,24 @@ def test_a_checkpoint_leaves_as_it_came(
             assert torch.equal(outcome.loaded[source], tensor.float()), source
 
 
+def test_a_teacher_in_the_trainer_says_what_a_served_one_does(
+    models: dict[str, Path], two_ranks: dict[str, list[Outcome]]
+) -> None:
+    """A mixture of experts, shared by tensor and expert parallelism, teaches a dense student without server;
+    its scores are over all tokens, those that are never sampled among them."""
+    job = taught_job(models, *DISTILL)
+    args = make_args(models["mixture"], *DISTILL)
+    builder = MicroBatchBuilder(load_processor(models["mixture"]), job.pictures)
+    with joined_backend(args) as teacher:
+        for sample in job.samples:
+            shard = build_shards(args, [sample], job.pictures, 1, 0)[0]
+            (sample.teacher_log_probs,) = teacher.compute_log_probs([builder.build(shard.samples)])
+    served = train(Path("unused"), job)
+    for outcome in two_ranks["inner teacher"]:
+        assert_same(outcome, served)
+    assert served.metrics[0]["opd_reverse_kl"] > 0.01
+
+
 def test_a_loss_that_is_not_finite_is_known_on_every_stage(two_ranks: dict[str, list[Outcome]]) -> None:
     messages = {outcome.error for outcome in two_ranks["not finite"]}
     assert len(messages) == 1
@@ -212,10 +242,6 @@ def log_probs(models: dict[str, Path], *flags: str) -> Tensor:
     case = Case("tied", "sampled", ())
     job = case.job(models["tied"], *ONE_BATCH, *flags)
     args = make_args(models["tied"], *job.flags)
-    from slime.backends.batching import MicroBatchBuilder
-    from slime.trainer import build_shards
-    from slime.utils.processing_utils import load_processor
-
     shard = build_shards(args, job.samples, job.pictures, 1, 0)[0]
     batch = MicroBatchBuilder(load_processor(models["tied"]), job.pictures).build(shard.samples)
     with joined_backend(args) as backend:

@@ -20,6 +20,7 @@ from slime.backends.batching import MicroBatch
 from slime.backends.megatron.checkpoint import load_sharded, save_sharded
 from slime.backends.megatron.config import transformer_config
 from slime.backends.megatron.export import Exporter
+from slime.backends.megatron.held import HeldModel
 from slime.backends.megatron.layout import Row, lay_out, lengths_of, row_tokens
 from slime.backends.megatron.loading import Checkpoint, load_weights, publishes_experts
 from slime.backends.megatron.model import PolicyModel
@@ -27,7 +28,7 @@ from slime.backends.megatron.optimizer import Stepper, wrap
 from slime.backends.megatron.optimizer_state import OptimizerState
 from slime.backends.megatron.parallel import Parallelism, Ranks
 from slime.backends.megatron.parameters import Named, mark_shared, named_parameters
-from slime.backends.megatron.shape import read_config, shape_of
+from slime.backends.megatron.shape import read_config, require_same_tokens, shape_of
 from slime.backends.schedule import LearningRate
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ class MegatronBackend:
     def __init__(
         self, args: Args, rank: int, world_size: int, device: torch.device, masked_ids: Sequence[int]
     ) -> None:
-        """Load the student, and the reference where --kl-loss-coef asks for one. Collective.
+        """Load the student, and the reference and the teacher where flags ask for them. Collective.
 
         Raises:
-            ValueError: the model cannot be trained under this parallelism.
+            ValueError: a model cannot be built, or not under this parallelism.
         """
         self.rank = rank
         self.world_size = world_size
@@ -57,9 +58,10 @@ class MegatronBackend:
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
         self._steps = 0
         sizes = Parallelism.of(args)
+        self._refuse_what_trains_wrongly(sizes)
         with self._machine():
             self._ranks = Ranks(sizes, seed=args.seed, on_cpu=device.type == "cpu")
-            student, parameters = self._load(args.hf_checkpoint)
+            student, parameters = self._load(args.hf_checkpoint, self._masked_ids)
             if args.freeze_vision_tower and student.vision_model is not None:
                 student.vision_model.requires_grad_(False)
             self._student = student
@@ -68,12 +70,12 @@ class MegatronBackend:
             self._parameters = parameters
             self._state = OptimizerState(self._stepper, parameters)
             self._exporter = Exporter(parameters, student.shape, self._ranks, device)
-            self._reference: PolicyModel | None = None
+            self._held: dict[ModelTag, HeldModel] = {}
             if args.kl_loss_coef > 0:
-                self._reference, _ = self._load(
-                    args.ref_load if args.ref_load is not None else args.hf_checkpoint
-                )
-                self._reference.requires_grad_(False)
+                self._hold("reference", args.ref_load or args.hf_checkpoint, self._masked_ids)
+            if args.opd_teacher_load is not None:
+                # Like a server's, the teacher's scores are over all tokens.
+                self._hold("teacher", args.opd_teacher_load, ())
         student.config.no_sync_func = self._ddp.no_sync
         # Losses are shares of a global mean: nothing is divided by a count of tokens afterwards.
         student.config.finalize_model_grads_func = lambda model, _, **groups: finalize_model_grads(
@@ -95,13 +97,28 @@ class MegatronBackend:
 
         return cpu_as_cuda()
 
-    def _load(self, path: str) -> tuple[PolicyModel, list[Named]]:
+    def _refuse_what_trains_wrongly(self, sizes: Parallelism) -> None:
+        """Look at the configs of all models before anything is built."""
+        args = self._args
+        paths = [args.hf_checkpoint, args.ref_load, args.opd_teacher_load]
+        configs = {path: read_config(path) for path in paths if path is not None}
+        shapes = {path: shape_of(config) for path, config in configs.items()}
+        has_experts = any(shape.experts > 0 for shape in shapes.values())
+        for path, shape in shapes.items():
+            refusals = list(sizes.refusals(shape, has_experts=has_experts))
+            if refusals:
+                raise ValueError(f"{path}: {' '.join(refusals)}")
+            require_same_tokens(args.hf_checkpoint, configs[args.hf_checkpoint], path, configs[path])
+
+    def _hold(self, tag: ModelTag, path: str, masked_ids: Sequence[int]) -> None:
+        """Load a model that is only asked. Collective."""
+        model, _ = self._load(path, masked_ids)
+        self._held[tag] = HeldModel(model, self._device)
+
+    def _load(self, path: str, masked_ids: Sequence[int]) -> tuple[PolicyModel, list[Named]]:
         """Build a model and fill it from a checkpoint. Collective."""
         hf_config = read_config(path)
         shape = shape_of(hf_config)
-        refusals = list(self._ranks.sizes.refusals(shape))
-        if refusals:
-            raise ValueError(" ".join(refusals))
         config = transformer_config(
             self._args, shape, self._ranks.sizes, dtype=self._dtype, device=self._device
         )
@@ -112,7 +129,7 @@ class MegatronBackend:
             self._ranks,
             self._device,
             chunk_size=self._args.logprob_chunk_size,
-            masked_ids=self._masked_ids,
+            masked_ids=tuple(masked_ids),
         )
         parameters = named_parameters(model, self._ranks)
         mark_shared(parameters)
@@ -136,7 +153,6 @@ class MegatronBackend:
         self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
     ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, on the CPU."""
-        policy = self._model(model)
         if not micro_batches:
             return []
 
@@ -144,23 +160,19 @@ class MegatronBackend:
             log_probs = outputs.log_probs
             return log_probs.new_zeros(()), log_probs.cpu()
 
-        with self._machine():
+        with self._machine(), self._asked(model) as policy:
             kept = self._run(policy, policy, micro_batches, use, forward_only=True)
         everywhere = self._ranks.from_last_stage(kept)
         assert isinstance(everywhere, list)
         return everywhere
 
-    def _model(self, model: ModelTag) -> PolicyModel:
+    def _asked(self, model: ModelTag) -> AbstractContextManager[PolicyModel]:
         if model == "student":
-            return self._student
-        if model == "teacher":
-            raise ValueError(
-                "a teacher inside Megatron (--opd-type megatron) has not landed; serve it and use --opd-type "
-                "sglang."
-            )
-        if self._reference is None:
-            raise ValueError("the reference model is loaded only with --kl-loss-coef above 0; set it.")
-        return self._reference
+            return nullcontext(self._student)
+        if model not in self._held:
+            flag = {"reference": "--kl-loss-coef above 0", "teacher": "--opd-teacher-load"}[model]
+            raise ValueError(f"the {model} model is loaded only with {flag}; set it.")
+        return self._held[model].awake()
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:
         """Accumulate the gradients of all micro-batches; return sums over all ranks, `loss` among them."""

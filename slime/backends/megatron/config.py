@@ -46,8 +46,6 @@ def transformer_config(
         pipeline_model_parallel_size=sizes.pipeline,
         context_parallel_size=sizes.context,
         sequence_parallel=sizes.sequence,
-        expert_model_parallel_size=sizes.expert,
-        expert_tensor_parallel_size=sizes.expert_tensor,
         # Losses are shares of a global mean: gradients add up over micro-batches and ranks, undivided.
         calculate_per_token_loss=True,
         batch_p2p_sync=on_gpu,
@@ -57,7 +55,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=False,
-        **_mixture(shape, on_gpu),
+        **_mixture(shape, sizes, on_gpu),
         **_recomputation(args),
     )
     # Micro-batches differ in length; without this every stage would expect the first one's. Set afterwards,
@@ -67,10 +65,12 @@ def transformer_config(
     return config
 
 
-def _mixture(shape: ModelShape, on_gpu: bool) -> dict[str, Any]:
+def _mixture(shape: ModelShape, sizes: Parallelism, on_gpu: bool) -> dict[str, Any]:
     if shape.experts == 0:
         return {}
     return {
+        "expert_model_parallel_size": sizes.expert,
+        "expert_tensor_parallel_size": sizes.expert_tensor,
         "num_moe_experts": shape.experts,
         "moe_router_topk": shape.experts_per_token,
         "moe_ffn_hidden_size": shape.expert_ffn,

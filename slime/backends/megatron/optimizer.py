@@ -47,6 +47,7 @@ class Stepper:
                 use_distributed_optimizer=args.use_distributed_optimizer,
             ),
             [model],
+            use_gloo_process_groups=False,
         )
         self._clip_grad = args.clip_grad
         for group in self.optimizer.param_groups:

@@ -48,8 +48,11 @@ class Parallelism:
         """Ranks that train on other samples, as far as this process group reaches."""
         return dist.get_world_size() // (self.tensor * self.pipeline * self.context)
 
-    def refusals(self, shape: ModelShape) -> Iterator[str]:
-        """Yield why a model of this shape cannot be trained so: each would fail late or train wrongly."""
+    def refusals(self, shape: ModelShape, *, has_experts: bool = False) -> Iterator[str]:
+        """Yield why a model of this shape cannot be trained so: each would fail late or train wrongly.
+
+        `has_experts` says that it, or another model beside it, is a mixture of experts.
+        """
         mixture = shape.experts > 0
         if shape.kv_heads % self.tensor:
             yield (
@@ -68,7 +71,7 @@ class Parallelism:
                 f"{shape.deepstack_levels} (deepstack): those of later stages would be lost. Use fewer "
                 "stages."
             )
-        if not mixture and (self.expert > 1 or self.expert_tensor != self.tensor):
+        if not (mixture or has_experts) and (self.expert > 1 or self.expert_tensor != self.tensor):
             yield (
                 "--expert-model-parallel-size and --expert-tensor-parallel-size are about a mixture of "
                 "experts, and the model is dense. Drop them."
@@ -106,6 +109,7 @@ class Ranks:
             context_parallel_size=sizes.context,
             expert_model_parallel_size=sizes.expert,
             expert_tensor_parallel_size=sizes.expert_tensor,
+            create_gloo_process_groups=False,  # of Megatron's own checkpoints, which we do not write
         )
         # A CPU has no CUDA generator: the tracker made for inference forks nothing. Dropout is 0.
         tensor_parallel.model_parallel_cuda_manual_seed(

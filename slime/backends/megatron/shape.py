@@ -97,6 +97,30 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
+def require_same_tokens(
+    path: str, config: PreTrainedConfig, other_path: str, other: PreTrainedConfig
+) -> None:
+    """Refuse a second model that would read the first one's tokens and pixels as something else.
+
+    Raises:
+        ValueError: the two are not of one family.
+    """
+    for name in ("vocab_size", "image_token_id", "patch_size", "spatial_merge_size", "temporal_patch_size"):
+        values = [_find(each, name) for each in (config, other)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{other_path} has {name} {values[1]} and {path} has {values[0]}: the models do not read the "
+                "same tokens and pixels. Take a model of the same family, or serve the teacher (--opd-type "
+                "sglang)."
+            )
+
+
+def _find(config: PreTrainedConfig, name: str) -> Any:
+    """Return a number of the model's, text's or vision's config; None where there is none."""
+    parts = (config, config.get_text_config(), getattr(config, "vision_config", None))
+    return next((getattr(part, name) for part in parts if part is not None and hasattr(part, name)), None)
+
+
 def _require_known(text: Any, rope: Any, *, mixture: bool, sees: bool) -> None:
     """Refuse what would be left out of the model without a word."""
     unknown = {

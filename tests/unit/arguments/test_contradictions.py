@@ -29,6 +29,10 @@ CONTRADICTIONS = {
         (*DISTIL, "--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "2"),
         ("--tensor-model-parallel-size", "--train-backend fsdp", "--train-backend megatron"),
     ),
+    "a teacher in the trainer without its checkpoint": (
+        ("--use-opd", "--opd-type", "megatron", "--train-backend", "megatron"),
+        ("--opd-type megatron", "--opd-teacher-load"),
+    ),
     "ranks that do not divide into models": (
         (*MEGATRON, "--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "3"),
         ("3 training ranks", "models of 2", "--tensor-model-parallel-size 2"),
@@ -312,15 +316,6 @@ def test_all_problems_are_told_at_once(refusal: Callable[..., str]) -> None:
 
 
 PENDING_FLAGS = {
-    "--opd-type megatron": ("--train-backend", "megatron", "--opd-type", "megatron"),
-    "--opd-teacher-load": (
-        "--train-backend",
-        "megatron",
-        "--opd-type",
-        "megatron",
-        "--opd-teacher-load",
-        "t",
-    ),
     "--colocate": ("--colocate",),
     "--rollout-top-p below 1": ("--rollout-top-p", "0.9"),
     "--rollout-top-k": ("--rollout-top-k", "20"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_ranks_have_both_ends_of_each_sample(batches: dict[bool, MicroBatch]) ->
 def test_positions_are_transformers_own(batches: dict[bool, MicroBatch], packed: bool) -> None:
     padded = batches[False]
     assert padded.picture_grids is not None
-    model = AutoModelForImageTextToText.from_pretrained(MODEL).base_model
+    model: Any = AutoModelForImageTextToText.from_pretrained(MODEL).base_model
     expected, _ = model.get_rope_index(
         padded.input_ids,
         mm_token_type_ids=padded.image_token_mask,
