@@ -1,4 +1,4 @@
-"""Megatron's own parallelism flags, under Megatron's names."""
+"""Megatron's own flags, under Megatron's names: parallelism, and the model that a run expects."""
 
 from __future__ import annotations
 
@@ -31,6 +31,26 @@ class MegatronArgs:
         None, help="How layers are grouped for recomputation."
     )
     recompute_num_layers: int | None = flag(None, help="Layers in a recomputed group.", at_least=1)
+    num_layers: int | None = flag(
+        None,
+        help="Text layers of the model. Like the flags that follow (MODEL_ARGS of scripts/models) it builds "
+        "nothing: the checkpoint's config does, and must agree.",
+        at_least=1,
+    )
+    hidden_size: int | None = flag(None, help="Values of a hidden state.", at_least=1)
+    ffn_hidden_size: int | None = flag(None, help="Inner width of a dense MLP.", at_least=1)
+    num_attention_heads: int | None = flag(None, help="Heads of queries.", at_least=1)
+    num_query_groups: int | None = flag(None, help="Heads of keys and values.", at_least=1)
+    kv_channels: int | None = flag(None, help="Values of a head.", at_least=1)
+    vocab_size: int | None = flag(None, help="Tokens of the vocabulary.", at_least=1)
+    rotary_base: float | None = flag(None, help="Base of the rotary frequencies.", above=0)
+    norm_epsilon: float | None = flag(None, help="Epsilon of the norms.", above=0)
+    num_experts: int | None = flag(None, help="Experts of a layer.", at_least=1)
+    moe_router_topk: int | None = flag(None, help="Experts that see a token.", at_least=1)
+    moe_ffn_hidden_size: int | None = flag(None, help="Inner width of an expert.", at_least=1)
+    untie_embeddings_and_output_weights: bool = flag(
+        False, help="The LM head is not the embedding; looked at with --num-layers alone."
+    )
 
     @property
     def ranks_per_model(self) -> int:

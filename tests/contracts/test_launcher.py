@@ -50,6 +50,26 @@ def test_the_gpus_are_split_between_teacher_and_student(
     assert (args.engine, args.precision, args.train_backend) == ("sglang", "bfloat16", "fsdp")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "student", "sizes", "layers"),
+    [
+        (16, "Qwen/Qwen3-VL-8B-Thinking", (4, 1), 36),
+        (8, "Qwen/Qwen3-VL-8B-Instruct", (2, 1), 36),
+        (2, "Qwen/Qwen3-VL-2B-Instruct", (1, 1), 28),
+        (16, "Qwen/Qwen3-VL-30B-A3B-Thinking", (1, 4), 48),
+    ],
+)
+def test_megatron_splits_the_student_over_the_gpus_that_train(
+    tmp_path: Path, gpus: int, student: str, sizes: tuple[int, int], layers: int
+) -> None:
+    launched = Machine(tmp_path, gpus).dry_run(TRAIN_BACKEND="megatron", STUDENT_MODEL=student)
+    args = training(launched)
+    assert (args.tensor_model_parallel_size, args.expert_model_parallel_size) == sizes
+    assert args.sequence_parallel == (sizes[0] > 1)
+    assert args.num_layers == layers
+    assert args.use_distributed_optimizer
+
+
 def test_the_published_models_and_data_are_downloaded_where_they_are_missing(tmp_path: Path) -> None:
     launched = Machine(tmp_path, 8).dry_run()
     downloads = [words[2:] for words in launched.commands if words[0].endswith("/hf")]

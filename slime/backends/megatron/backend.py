@@ -28,7 +28,7 @@ from slime.backends.megatron.optimizer import Stepper, wrap
 from slime.backends.megatron.optimizer_state import OptimizerState
 from slime.backends.megatron.parallel import Parallelism, Ranks
 from slime.backends.megatron.parameters import Named, mark_shared, named_parameters
-from slime.backends.megatron.shape import read_config, require_same_tokens, shape_of
+from slime.backends.megatron.shape import read_config, require_declared, require_same_tokens, shape_of
 from slime.backends.schedule import LearningRate
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class MegatronBackend:
         paths = [args.hf_checkpoint, args.ref_load, args.opd_teacher_load]
         configs = {path: read_config(path) for path in paths if path is not None}
         shapes = {path: shape_of(config) for path, config in configs.items()}
+        require_declared(args, shapes[args.hf_checkpoint])
         has_experts = any(shape.experts > 0 for shape in shapes.values())
         for path, shape in shapes.items():
             refusals = list(sizes.refusals(shape, has_experts=has_experts))

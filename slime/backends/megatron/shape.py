@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from slime.arguments import Args
 
 VISION_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TEXT_TYPES = ("qwen3", "qwen3_moe")
@@ -95,6 +98,41 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         deepstack_levels=len(vision.deepstack_visual_indexes) if vision is not None else 0,
         merge_size=vision.spatial_merge_size if vision is not None else 1,
     )
+
+
+def require_declared(args: Args, shape: ModelShape) -> None:
+    """Hold the model that the flags expect (MODEL_ARGS of scripts/models) against the checkpoint's.
+
+    Raises:
+        ValueError: they differ.
+    """
+    declared: dict[str, tuple[float | None, float]] = {
+        "--num-layers": (args.num_layers, shape.layers),
+        "--hidden-size": (args.hidden_size, shape.hidden),
+        "--ffn-hidden-size": (args.ffn_hidden_size, shape.ffn),
+        "--num-attention-heads": (args.num_attention_heads, shape.heads),
+        "--num-query-groups": (args.num_query_groups, shape.kv_heads),
+        "--kv-channels": (args.kv_channels, shape.head_dim),
+        "--vocab-size": (args.vocab_size, shape.vocabulary),
+        "--rotary-base": (args.rotary_base, shape.rope_theta),
+        "--norm-epsilon": (args.norm_epsilon, shape.norm_eps),
+        "--num-experts": (args.num_experts, shape.experts),
+        "--moe-router-topk": (args.moe_router_topk, shape.experts_per_token),
+        "--moe-ffn-hidden-size": (args.moe_ffn_hidden_size, shape.expert_ffn),
+    }
+    wrong = [
+        f"{flag} is {given:g} and the checkpoint has {has:g}"
+        for flag, (given, has) in declared.items()
+        if given is not None and given != has
+    ]
+    if args.num_layers is not None and args.untie_embeddings_and_output_weights == shape.tied:
+        flag = "--untie-embeddings-and-output-weights"
+        wrong.append(f"{flag} is {'not ' if not shape.tied else ''}set and the checkpoint says otherwise")
+    if wrong:
+        raise ValueError(
+            f"{args.hf_checkpoint} is not the model that the flags expect: {'; '.join(wrong)}. Give its own "
+            "MODEL_ARGS (scripts/models), or none."
+        )
 
 
 def require_same_tokens(
