@@ -114,7 +114,6 @@ def test_the_checkpoint_must_agree(name: str) -> None:
     if args.ffn_hidden_size is not None:
         shape = replace(shape, ffn=args.ffn_hidden_size)
     require_declared(args, shape)
-    with pytest.raises(
-        ValueError, match=f"--num-layers is {args.num_layers} and the checkpoint has 7; .*untie"
-    ):
+    reason = f"--num-layers is {args.num_layers} and the checkpoint has 7; .*untie"
+    with pytest.raises(ValueError, match=reason):
         require_declared(args, replace(shape, layers=7, tied=not shape.tied))
