@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -35,9 +36,10 @@ class StoppedError(Exception):
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     config = build_config(build_tokenizer())
-    text = config.get_text_config()
+    text: Any = config.get_text_config()
+    vision: Any = config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 8192, 10
-    config.vision_config.out_hidden_size = 1024
+    vision.out_hidden_size = 1024
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder, max_shard_size="300MB")
     save_processor(folder)
     return folder

@@ -237,6 +237,17 @@ def test_a_loss_that_is_not_finite_is_known_on_every_stage(two_ranks: dict[str, 
     assert message.startswith("rollout 0, optimizer step 0: the loss is not finite in rank 1, micro-batch ")
 
 
+def test_a_frozen_tower_stays(models: dict[str, Path]) -> None:
+    jobs = [
+        Case("tied", "sampled", ()).job(models["tied"], *SPLIT, "--freeze-vision-tower", *flags)
+        for flags in ((), MEGATRON)
+    ]
+    of_fsdp, outcome = (train(Path("unused"), job) for job in jobs)
+    assert_same(outcome, of_fsdp)
+    for name, weight in outcome.weights.items():
+        assert torch.equal(weight, outcome.loaded[name]) == ("visual" in name), name
+
+
 def log_probs(models: dict[str, Path], *flags: str) -> Tensor:
     """Return the student's log-probs of the batch's responses."""
     case = Case("tied", "sampled", ())

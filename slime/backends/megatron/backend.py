@@ -211,7 +211,7 @@ class MegatronBackend:
         schedule = get_forward_backward_func()
         return schedule(
             forward_step_func=step,
-            data_iterator=iter(self._rows(micro_batches, policy.shape.merge_size, policy.shape.experts)),
+            data_iterator=iter(self._rows(micro_batches, policy)),
             model=[model],
             num_microbatches=len(micro_batches),
             seq_length=1,  # micro-batches say how long they are
@@ -219,16 +219,18 @@ class MegatronBackend:
             forward_only=forward_only,
         )
 
-    def _rows(self, batches: Sequence[MicroBatch], merge_size: int, experts: int) -> list[Step]:
+    def _rows(self, batches: Sequence[MicroBatch], policy: PolicyModel) -> list[Step]:
         """Lay the micro-batches out, as long on every rank as Megatron's way to the experts needs."""
+        config = policy.config
         sharing = self._ranks.sharing
         tokens = [row_tokens(lengths_of(batch), sharing) for batch in batches]
-        if experts > 0 and self._ranks.experts.size() > 1:
+        gathers = config.num_moe_experts is not None and config.moe_token_dispatcher_type == "allgather"
+        if gathers and self._ranks.experts.size() > 1:
             tokens = self._ranks.longest(tokens, self._device)
         return [
             (
                 batch.to(self._device),
-                lay_out(batch, sharing, merge_size=merge_size, tokens=count).to(self._device),
+                lay_out(batch, sharing, merge_size=policy.shape.merge_size, tokens=count).to(self._device),
             )
             for batch, count in zip(batches, tokens, strict=True)
         ]

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from slime.backends.megatron.parallel import Parallelism
 from slime.backends.megatron.shape import ModelShape
+from slime.backends.megatron.spec import uses_transformer_engine
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -55,7 +56,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=False,
-        **_mixture(shape, sizes, on_gpu),
+        **_mixture(shape, sizes, device),
         **_recomputation(args),
     )
     # Micro-batches differ in length; without this every stage would expect the first one's. Set afterwards,
@@ -65,7 +66,7 @@ def transformer_config(
     return config
 
 
-def _mixture(shape: ModelShape, sizes: Parallelism, on_gpu: bool) -> dict[str, Any]:
+def _mixture(shape: ModelShape, sizes: Parallelism, device: torch.device) -> dict[str, Any]:
     if shape.experts == 0:
         return {}
     return {
@@ -81,7 +82,9 @@ def _mixture(shape: ModelShape, sizes: Parallelism, on_gpu: bool) -> dict[str, A
         "moe_router_pre_softmax": False,
         "moe_router_dtype": "fp32",
         # "alltoall" needs a CUDA stream.
-        "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
+        "moe_token_dispatcher_type": "alltoall" if device.type == "cuda" else "allgather",
+        # All experts of a rank in one product; without TransformerEngine one after the other.
+        "moe_grouped_gemm": uses_transformer_engine(device),
     }
 
 

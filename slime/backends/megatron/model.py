@@ -69,6 +69,11 @@ class PolicyModel(MegatronModule):
         self.vision_model: nn.Module | None = None
         if self.pre_process and shape.sees:
             self.vision_model = _vision_tower(hf_config, config.params_dtype)
+            for parameter in self.vision_model.parameters():
+                # The copies of tensor-parallel ranks compute the same; on a GPU to rounding, and would drift
+                # apart. Gloo cannot average, and on a CPU they are equal.
+                averaged: Any = parameter
+                averaged.average_gradients_across_tp_domain = device.type == "cuda"
         self._vocabulary = VocabularyShare.of(shape.vocabulary, rows, masked_ids, ranks.tensor, device)
         self.to(device)
 

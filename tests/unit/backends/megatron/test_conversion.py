@@ -1,4 +1,4 @@
-"""What a step of Megatron has made of a mixture of experts, read by others: from its checkpoint and its export."""
+"""What Megatron has made of a mixture of experts, read by others: from its export and its checkpoint."""
 
 from __future__ import annotations
 
