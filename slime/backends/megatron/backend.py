@@ -61,6 +61,13 @@ class MegatronBackend:
         self._refuse_what_trains_wrongly(sizes)
         with self._machine():
             self._ranks = Ranks(sizes, seed=args.seed, on_cpu=device.type == "cpu")
+            # First those that leave the device again, while nothing else is there.
+            self._held: dict[ModelTag, HeldModel] = {}
+            if args.kl_loss_coef > 0:
+                self._hold("reference", args.ref_load or args.hf_checkpoint, self._masked_ids)
+            if args.opd_teacher_load is not None:
+                # Like a server's, the teacher's scores are over all tokens.
+                self._hold("teacher", args.opd_teacher_load, ())
             student, parameters = self._load(args.hf_checkpoint, self._masked_ids)
             if args.freeze_vision_tower and student.vision_model is not None:
                 student.vision_model.requires_grad_(False)
@@ -70,12 +77,6 @@ class MegatronBackend:
             self._parameters = parameters
             self._state = OptimizerState(self._stepper, parameters)
             self._exporter = Exporter(parameters, student.shape, self._ranks, device)
-            self._held: dict[ModelTag, HeldModel] = {}
-            if args.kl_loss_coef > 0:
-                self._hold("reference", args.ref_load or args.hf_checkpoint, self._masked_ids)
-            if args.opd_teacher_load is not None:
-                # Like a server's, the teacher's scores are over all tokens.
-                self._hold("teacher", args.opd_teacher_load, ())
         student.config.no_sync_func = self._ddp.no_sync
         # Losses are shares of a global mean: nothing is divided by a count of tokens afterwards.
         student.config.finalize_model_grads_func = lambda model, _, **groups: finalize_model_grads(

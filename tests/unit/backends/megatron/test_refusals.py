@@ -97,6 +97,17 @@ def test_a_model_that_would_be_built_otherwise_is_refused(config: Any, reason: s
         shape_of(config)
 
 
+def test_a_teacher_that_reads_other_tokens_is_refused() -> None:
+    args = make_args(checkpoint_path("student"), *DISTILL, "--train-backend", "megatron")
+    object.__setattr__(args, "opd_teacher_load", str(checkpoint_path("text_teacher")))
+    with (
+        pytest.raises(ValueError, match=r"text_teacher has image_token_id None and .*student has 6"),
+        joined_backend(args),
+    ):
+        pass
+    dist.destroy_process_group()
+
+
 @contextmanager
 def refused(reason: str) -> Iterator[None]:
     """Expect a refusal while a backend is made, and end the groups that it leaves."""
