@@ -35,6 +35,7 @@ class RowParams(PackedSeqParams):
         )
         self.row = row
         self.sharing = sharing
+        self.order = _gathered_order(row, sharing) if sharing.context > 1 else None
 
 
 class PackedCoreAttention(MegatronModule):
@@ -94,8 +95,8 @@ class PackedCoreAttention(MegatronModule):
 
     def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, params: RowParams) -> Tensor:
         """Gather keys and values of the whole row; a rank's queries are at both ends of each sample."""
-        row, ranks = params.row, params.sharing.context
-        order = _gathered_order(row, params.sharing)
+        row, ranks, order = params.row, params.sharing.context, params.order
+        assert order is not None
         key, value = (
             tensor_parallel.gather_from_sequence_parallel_region(
                 states.contiguous(), tensor_parallel_output_grad=True, group=self._context
