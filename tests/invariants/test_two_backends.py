@@ -84,10 +84,8 @@ CASES = {
     "tensor and sequence, top-k": Case("dense", "topk", (*TP2, *SP)),
     "tensor, padded rows": Case("tied", "sampled", (*TP2, *PADDED)),
     "pipeline, tied": Case("tied", "sampled", PP2),
-    "pipeline, top-k": Case("dense", "topk", PP2),
     "context, sharded optimizer": Case("dense", "sampled", (*CP2, *ZERO1)),
     "context, top-k": Case("tied", "topk", CP2),
-    "data, sharded optimizer": Case("dense", "sampled", ZERO1),
     "experts, sharded optimizer": Case("mixture", "sampled", (*EP2, *ZERO1)),
     "experts, one rank without samples": Case("mixture as saved", "sampled", EP2, samples=2),
     "experts beside tensor and sequence, top-k": Case("mixture", "topk", (*TP2, *SP, *EP2)),
@@ -95,6 +93,8 @@ CASES = {
     "pipeline, text": Case("text", "topk", PP2),
 }
 MORE_CASES = {
+    "data, sharded optimizer": Case("dense", "sampled", ZERO1),
+    "pipeline, top-k": Case("dense", "topk", PP2),
     "experts split by tensor": Case("mixture", "sampled", (*TP2, *SP)),
     "context of mixtures": Case("mixture", "topk", CP2),
     "experts, padded rows": Case("mixture", "topk", (*EP2, *PADDED)),
