@@ -257,6 +257,10 @@ build_train_command() {
     PRECISION_ARGS=(--train-dtype bfloat16 --gradient-checkpointing --use-dynamic-batch-size --max-tokens-per-gpu 16384)
     cluster+=(--actor-num-nodes 1 --actor-num-gpus-per-node "$NUM_ACTOR_GPUS" --rollout-num-gpus "$NUM_ROLLOUT_GPUS"
       --rollout-num-gpus-per-engine "$GPUS_PER_ENGINE")
+    if [ "$SLIME_SCRIPT_TRAIN_BACKEND" = megatron ]; then
+      megatron_args
+      cluster+=("${MEGATRON_ARGS[@]}")
+    fi
   fi
   cluster+=(--weight-sync "$WEIGHT_SYNC")
   if [ "$COLOCATED" = 1 ]; then cluster+=(--colocate); fi
@@ -266,6 +270,33 @@ build_train_command() {
   split_words "$SLIME_SCRIPT_EXTRA_ARGS"
   TRAIN_ARGS+=("${cluster[@]}" ${wandb[@]+"${wandb[@]}"} ${WORDS[@]+"${WORDS[@]}"})
   TRAIN_COMMAND=(env "CUDA_VISIBLE_DEVICES=$STUDENT_GPUS" "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.train "${TRAIN_ARGS[@]}")
+}
+
+# megatron_args: sets MEGATRON_ARGS, what --train-backend megatron needs of this model on these GPUs. EXTRA_ARGS come after
+# it, and the last one counts.
+megatron_args() {
+  local name="${SLIME_SCRIPT_STUDENT_MODEL##*/}" wanted size=1
+  name="${name#Qwen3-VL-}"
+  name="${name%-Thinking}"
+  name="${name%-Instruct}"
+  MODEL_ARGS=()
+  if [ -f "$SLIME_REPO/scripts/models/qwen3-vl-$name.sh" ]; then
+    # shellcheck source=scripts/models/qwen3-vl-4B.sh
+    source "$SLIME_REPO/scripts/models/qwen3-vl-$name.sh"
+  fi
+  MEGATRON_ARGS=(${MODEL_ARGS[@]+"${MODEL_ARGS[@]}"} --use-distributed-optimizer)
+  local mixture=0
+  if [[ " ${MODEL_ARGS[*]-} " == *" --num-experts "* ]]; then mixture=1; fi
+  # Layers are split over the GPUs that train, at most 4, as in the recipe (half of the student's GPUs train); experts
+  # over at most 8.
+  if [ "$mixture" = 1 ]; then wanted=8; else wanted=4; fi
+  while [ $((size * 2)) -le "$wanted" ] && [ $((NUM_ACTOR_GPUS % (size * 2))) = 0 ]; do size=$((size * 2)); done
+  if [ "$size" = 1 ]; then return; fi
+  if [ "$mixture" = 1 ]; then
+    MEGATRON_ARGS+=(--expert-model-parallel-size "$size" --expert-tensor-parallel-size 1)
+  else
+    MEGATRON_ARGS+=(--tensor-model-parallel-size "$size" --sequence-parallel)
+  fi
 }
 
 # read_train_args PROGRAM: the run's own parser reads the command before anything is installed, downloaded or loaded;

@@ -56,6 +56,7 @@ import torch.distributed.checkpoint, torch.distributed.fsdp
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers import Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
+import slime.backends.megatron.backend
 import slime.engines.transformers_engine.__main__
 import slime.train
 PYTHON

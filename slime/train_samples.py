@@ -109,7 +109,7 @@ def to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSamp
             f"sample {sample.index} has {len(hashes)} image_hashes and {len(grids)} image_grid_thw; one each "
             "a picture."
         )
-    if args.use_opd and sample.teacher_log_probs is None:
+    if args.use_opd and args.opd_type == "sglang" and sample.teacher_log_probs is None:
         raise ValueError(
             f"sample {sample.index} ({sample.response_length} response tokens) has no teacher_log_probs and "
             "--use-opd is set; the post-processing named by --custom-reward-post-process-path must write "
@@ -146,7 +146,9 @@ def _teacher_parts(args: Args, sample: Sample, mask: Tensor) -> dict[str, Tensor
         # what the teacher wrote itself, it has scored while it wrote
         wrote = args.sample_from == "teacher" and args.rollout_temperature == 1.0
         return {"teacher_log_probs": _log_probs(sample, "rollout_log_probs", mask) if wrote else None}
-    parts: dict[str, Tensor | None] = {"teacher_log_probs": _log_probs(sample, "teacher_log_probs", mask)}
+    parts: dict[str, Tensor | None] = {"teacher_log_probs": None}  # a teacher in the trainer scores there
+    if args.opd_type == "sglang":
+        parts = {"teacher_log_probs": _log_probs(sample, "teacher_log_probs", mask)}
     if args.opd_top_k > 0:
         parts |= _top_k(args, sample, mask)
     if args.opd_gate != "all":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from slime.backends.base import Metrics, NonFiniteError, TrainBackend
+from slime.backends.base import Metrics, ModelTag, NonFiniteError, TrainBackend
 from slime.backends.batching import BatchProcessor, MicroBatch, MicroBatchBuilder
 from slime.backends.schedule import decayed
 from slime.losses.reduction import GlobalMean
@@ -20,6 +20,13 @@ from slime.shards import StepPlan, TrainShard, build_shards
 
 if TYPE_CHECKING:
     from slime.arguments import Args
+
+MODEL_OF: dict[str, ModelTag] = {
+    "old_log_probs": "student",
+    "reference_log_probs": "reference",
+    "teacher_log_probs": "teacher",
+}
+"""Whose log-probs a field of the micro-batch is made of by a pass of the trainer."""
 
 __all__ = ["TrainShard", "Trainer", "build_shards"]
 
@@ -60,6 +67,8 @@ class Trainer:
             steps = [self._with_log_probs(batches, "old_log_probs") for batches in steps]
         if self._args.kl_loss_coef > 0:
             steps = [self._with_log_probs(batches, "reference_log_probs") for batches in steps]
+        if self._args.opd_type == "megatron":
+            steps = [self._with_log_probs(batches, "teacher_log_probs") for batches in steps]
         coef = self._opd_kl_coef(rollout_id)
         taken: list[Metrics] = []
         for number, (plan, batches) in enumerate(zip(shard.steps, steps, strict=True)):
@@ -81,8 +90,7 @@ class Trainer:
 
     def _with_log_probs(self, batches: Sequence[MicroBatch], name: str) -> list[MicroBatch]:
         """Return the micro-batches with the log-probs that one more forward pass gives."""
-        model = "reference" if name == "reference_log_probs" else "student"
-        log_probs = self._backend.compute_log_probs(batches, model)
+        log_probs = self._backend.compute_log_probs(batches, MODEL_OF[name])
         return [replace(batch, **{name: values}) for batch, values in zip(batches, log_probs, strict=True)]
 
     def _opd_kl_coef(self, rollout_id: int) -> float:

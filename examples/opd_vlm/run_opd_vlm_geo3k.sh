@@ -38,12 +38,19 @@ else
   : "${SLIME_SCRIPT_EVAL_INTERVAL:=20}"
 fi
 
+: "${SLIME_SCRIPT_OPD_TYPE:=sglang}"             # megatron: the trainer holds the teacher; no server runs
+case "$SLIME_SCRIPT_OPD_TYPE" in
+  sglang) ;;
+  megatron) WITH_TEACHER=0 ;;
+  *) die "SLIME_SCRIPT_OPD_TYPE is $SLIME_SCRIPT_OPD_TYPE; it must be sglang or megatron." ;;
+esac
+
 RUN_NAME=opd_vlm
 TINY_SET=geometry
 TINY_PRESET="tiny Qwen3-VL models on generated pictures"
 SMALL_MODELS_NOTE="All share the one GPU: by default a 2B student and a 4B teacher."
 readonly KNOBS=(STUDENT_MODEL TEACHER_MODEL DATASET_NAME TRAIN_BACKEND ENGINE COLOCATE NUM_GPUS NUM_GPUS_TEACHER NUM_GPUS_STUDENT
-  NUM_GPUS_PER_ENGINE NUM_ROLLOUT ROLLOUT_BATCH_SIZE N_SAMPLES_PER_PROMPT MAX_RESPONSE_LEN LR EVAL_INTERVAL OPD_KL_COEF
+  NUM_GPUS_PER_ENGINE NUM_ROLLOUT ROLLOUT_BATCH_SIZE N_SAMPLES_PER_PROMPT MAX_RESPONSE_LEN LR EVAL_INTERVAL OPD_TYPE OPD_KL_COEF
   TASK_REWARD_WEIGHT TEACHER_URL TEACHER_PORT TEACHER_TIMEOUT TEACHER_RESTARTS EXTERNAL_RAY MODEL_DIR DATA_DIR OUTPUT_DIR EXTRA_ARGS
   DOCTOR_ARGS SKIP_SETUP SKIP_DOCTOR DRY_RUN)
 
@@ -62,21 +69,26 @@ build_train_args() {
     --rollout-max-response-len "$SLIME_SCRIPT_MAX_RESPONSE_LEN"
     --rollout-temperature 1.0
   )
-  REWARD_ARGS=(
-    --rm-type math
-    --rm-url "$RM_URL"
-    --custom-rm-path examples.opd_vlm.opd_vlm_reward.reward_func
-    --custom-reward-post-process-path examples.opd_vlm.opd_vlm_reward.post_process_rewards
-    --task-reward-weight "$SLIME_SCRIPT_TASK_REWARD_WEIGHT"
-    "${PATIENCE_ARGS[@]}"
-  )
-  OPD_ARGS=(--use-opd --opd-type sglang --opd-kl-coef "$SLIME_SCRIPT_OPD_KL_COEF" --advantage-estimator grpo
+  if [ "$SLIME_SCRIPT_OPD_TYPE" = megatron ]; then
+    resolve_model SLIME_SCRIPT_TEACHER_MODEL
+    TEACHER_ARGS=(--opd-teacher-load "$MODEL")
+  else
+    TEACHER_ARGS=(
+      --rm-url "$RM_URL"
+      --custom-rm-path examples.opd_vlm.opd_vlm_reward.reward_func
+      --custom-reward-post-process-path examples.opd_vlm.opd_vlm_reward.post_process_rewards
+      --eval-teacher
+      "${PATIENCE_ARGS[@]}"
+    )
+  fi
+  REWARD_ARGS=(--rm-type math --task-reward-weight "$SLIME_SCRIPT_TASK_REWARD_WEIGHT")
+  OPD_ARGS=(--use-opd --opd-type "$SLIME_SCRIPT_OPD_TYPE" "${TEACHER_ARGS[@]}" --opd-kl-coef "$SLIME_SCRIPT_OPD_KL_COEF" --advantage-estimator grpo
     --disable-grpo-std-normalization # a weight on rewards in the reward file then means what it says
     --calculate-per-token-loss)
   OPTIM_ARGS=(--lr "$SLIME_SCRIPT_LR" --lr-decay-style constant --weight-decay 0.0 --adam-beta1 0.9 --adam-beta2 0.98
     "${PRECISION_ARGS[@]}")
   EVAL_ARGS=(--eval-prompt-data test "$TEST_DATA" --eval-interval "$SLIME_SCRIPT_EVAL_INTERVAL" --eval-rm-type math
-    --eval-max-response-len "$SLIME_SCRIPT_MAX_RESPONSE_LEN" --eval-teacher)
+    --eval-max-response-len "$SLIME_SCRIPT_MAX_RESPONSE_LEN")
   TRAIN_ARGS=("${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${REWARD_ARGS[@]}" "${OPD_ARGS[@]}" "${OPTIM_ARGS[@]}" "${EVAL_ARGS[@]}")
 }
 

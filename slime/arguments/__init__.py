@@ -94,6 +94,18 @@ class Args(
         yield from ()
 
     @property
+    def num_data_ranks(self) -> int:
+        """How many shards a rollout is cut into: training ranks over those that share one."""
+        return self.num_train_ranks // self.ranks_per_model
+
+    def data_rank(self, rank: int) -> int:
+        """Return which shard a training rank trains; those that share a model share a shard.
+
+        Megatron counts ranks of tensor parallelism first, then of context, data and pipeline parallelism.
+        """
+        return rank // (self.tensor_model_parallel_size * self.context_parallel_size) % self.num_data_ranks
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps of one rollout."""
         return self.samples_per_rollout // self.global_batch_size

@@ -16,6 +16,7 @@ def contradictions(args: Args) -> Iterator[str]:
     yield from _distillation(args)
     yield from _rewards(args)
     yield from _sampling(args)
+    yield from _parallelism(args)
     yield from _batches(args)
     yield from _engines(args)
     yield from _weight_sync(args)
@@ -28,6 +29,10 @@ def _distillation(args: Args) -> Iterator[str]:
         yield (
             "--opd-type megatron loads the teacher inside Megatron, and --train-backend is fsdp; "
             "serve the teacher and use --opd-type sglang with --rm-url."
+        )
+    if args.opd_type == "megatron" and args.opd_teacher_load is None:
+        yield (
+            "--opd-type megatron holds the teacher in the trainer; name its checkpoint by --opd-teacher-load."
         )
     if args.use_opd and args.opd_type == "sglang" and args.rm_url is None and not args.replays:
         yield (
@@ -136,8 +141,38 @@ def _teacher_samples(args: Args) -> Iterator[str]:
         yield "--use-tis corrects for the student's own sampling, and the teacher samples. Drop it."
 
 
+def _parallelism(args: Args) -> Iterator[str]:
+    flags = args.megatron_flags_set()
+    if args.train_backend == "fsdp" and flags:
+        yield (
+            f"{' '.join(flags)}: --train-backend fsdp shards over all training ranks and reads none of "
+            "Megatron's flags. Drop them, or use --train-backend megatron."
+        )
+    if args.num_train_ranks % args.ranks_per_model:
+        yield (
+            f"{args.num_train_ranks} training ranks (--actor-num-nodes {args.actor_num_nodes} times "
+            f"--actor-num-gpus-per-node {args.actor_num_gpus_per_node}) do not divide into models of "
+            f"{args.ranks_per_model} (--tensor-model-parallel-size {args.tensor_model_parallel_size} times "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} times "
+            f"--context-parallel-size {args.context_parallel_size}). Make the first a multiple of the second."
+        )
+    experts = args.expert_model_parallel_size * (
+        args.tensor_model_parallel_size
+        if args.expert_tensor_parallel_size is None
+        else args.expert_tensor_parallel_size
+    )
+    per_stage = args.num_train_ranks // args.pipeline_model_parallel_size
+    if per_stage % experts:
+        yield (
+            f"the {per_stage} training ranks of a pipeline stage do not divide into groups of {experts} for "
+            "the experts (--expert-model-parallel-size times --expert-tensor-parallel-size, which is "
+            "--tensor-model-parallel-size unless given). Change one of them."
+        )
+
+
 def _batches(args: Args) -> Iterator[str]:
-    samples, batch, ranks = args.samples_per_rollout, args.global_batch_size, args.num_train_ranks
+    samples, batch = args.samples_per_rollout, args.global_batch_size
+    ranks = max(1, args.num_data_ranks)
     if samples % batch:
         yield (
             f"--rollout-batch-size {args.rollout_batch_size} times --n-samples-per-prompt "
@@ -147,7 +182,8 @@ def _batches(args: Args) -> Iterator[str]:
     if batch % ranks:
         yield (
             f"--global-batch-size {batch} does not divide over {ranks} training ranks (--actor-num-nodes "
-            f"{args.actor_num_nodes} times --actor-num-gpus-per-node {args.actor_num_gpus_per_node}). "
+            f"{args.actor_num_nodes} times --actor-num-gpus-per-node {args.actor_num_gpus_per_node}"
+            f"{_per_model(args)}). "
             f"Choose a multiple of {ranks}."
         )
     elif args.micro_batch_size is not None and (batch // ranks) % args.micro_batch_size:
@@ -156,6 +192,10 @@ def _batches(args: Args) -> Iterator[str]:
             f"multiple of --micro-batch-size {args.micro_batch_size}. Choose a divisor, or "
             "--use-dynamic-batch-size."
         )
+
+
+def _per_model(args: Args) -> str:
+    return f", {args.ranks_per_model} of which share a model" if args.ranks_per_model > 1 else ""
 
 
 def _engines(args: Args) -> Iterator[str]:

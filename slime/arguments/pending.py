@@ -8,30 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the package's __init__ imports this module
     from slime.arguments import Args
 
-MEGATRON_BACKEND = "the Megatron backend (slime/backends/megatron) has not landed"
-
 PENDING: tuple[tuple[str, Callable[[Args], bool], str], ...] = (
-    (
-        "--train-backend megatron",
-        lambda args: args.train_backend == "megatron",
-        f"{MEGATRON_BACKEND}. Use --train-backend fsdp.",
-    ),
-    (
-        "--opd-type megatron",
-        lambda args: args.opd_type == "megatron",
-        f"{MEGATRON_BACKEND}, and with it a teacher inside the trainer. Use --opd-type sglang with --rm-url.",
-    ),
-    (
-        "--opd-teacher-load",
-        lambda args: args.opd_teacher_load is not None,
-        f"{MEGATRON_BACKEND}, and with it a teacher inside the trainer. Serve the teacher and name it by "
-        "--rm-url.",
-    ),
-    (
-        "Megatron's own flags",
-        lambda args: any(args.megatron_flags_set()),
-        f"{MEGATRON_BACKEND}. Drop them; FSDP shards over all training ranks.",
-    ),
     (
         "--rollout-top-p below 1",
         lambda args: args.rollout_top_p != 1.0,

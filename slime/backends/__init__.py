@@ -25,16 +25,11 @@ def create_backend(args: Args, rank: int, world_size: int, masked_ids: Sequence[
 
     Raises:
         RuntimeError: one of these variables is not set.
-        ValueError: the backend is not built yet.
+        ValueError: the backend cannot train this model so.
     """
     import torch  # seconds to import; whoever only plans batches goes without
     import torch.distributed as dist
 
-    if args.train_backend != "fsdp":
-        raise ValueError(
-            f"--train-backend {args.train_backend} given; this version trains with --train-backend fsdp "
-            "alone."
-        )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise RuntimeError(
@@ -53,6 +48,10 @@ def create_backend(args: Args, rank: int, world_size: int, masked_ids: Sequence[
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    if args.train_backend == "megatron":
+        from slime.backends.megatron.backend import MegatronBackend
+
+        return MegatronBackend(args, rank, world_size, device, masked_ids)
     from slime.backends.fsdp.backend import FsdpBackend
 
     return FsdpBackend(args, rank, world_size, device, masked_ids)

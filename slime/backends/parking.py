@@ -21,10 +21,14 @@ class Parking:
         self._parked: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         self._places: dict[int, Tensor] = {}
 
-    def park(self, tensors: Iterable[Tensor]) -> None:
-        """Move the content of the tensors' storages to the host and give their memory back."""
+    def park(self, tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> None:
+        """Move the content of the tensors' storages to the host and give their memory back; storages that
+        tensors of `but` lie in stay."""
         devices = set()
+        kept = {storage._cdata for storage in _storages(but)}  # pyright: ignore[reportPrivateUsage]
         for storage in _storages(tensors):
+            if storage._cdata in kept:  # pyright: ignore[reportPrivateUsage]
+                continue
             size = storage.nbytes()
             if not size or storage.device.type == "meta":
                 continue

@@ -48,18 +48,22 @@ class PictureSource(Protocol):
 def put_shards(
     args: Args, rollout_id: int, batch: RolloutBatch, source: PictureSource
 ) -> list[ray.ObjectRef]:
-    """Put one rollout's shards into the object store, one for each training rank."""
+    """Put one rollout's shards into the object store; return one for each training rank.
+
+    Ranks that share a model share a shard.
+    """
     from slime.trainer import build_shards
 
     shards = build_shards(
         args,
         batch.samples,
         source.pictures(batch.image_hashes()),
-        args.num_train_ranks,
+        args.num_data_ranks,
         rollout_id,
         merge_size=source.merge_size,
     )
-    return [ray.put(shard) for shard in shards]
+    refs = [ray.put(shard) for shard in shards]
+    return [refs[args.data_rank(rank)] for rank in range(args.num_train_ranks)]
 
 
 class RolloutActor(Actor):

@@ -64,7 +64,10 @@ class Rewards:
             return load_function(
                 self._args.custom_reward_post_process_path, "--custom-reward-post-process-path"
             )
-        return on_policy_distillation.post_process_rewards if self._needs_teacher else plain_rewards
+        if self._needs_teacher:
+            return on_policy_distillation.post_process_rewards
+        # A teacher in the trainer: as with a served one, grades are trained on by --task-reward-weight alone.
+        return ungraded_rewards if self._args.use_opd and self._reward is None else plain_rewards
 
     async def judge(self, sample: Sample, failures: Failures) -> None:
         """Grade the response by the task's rule and hand it to the plugin; one that failed is left alone.
@@ -208,6 +211,11 @@ def plain_rewards(args: Any, samples: list[Sample], **kwargs: Any) -> tuple[list
                 "entry by --reward-key, or make numbers of it by --custom-reward-post-process-path."
             )
     return rewards, rewards
+
+
+def ungraded_rewards(args: Any, samples: list[Sample], **kwargs: Any) -> tuple[list[float], list[float]]:
+    """Return each sample's own reward, and none to train on: what pure distillation needs."""
+    return plain_rewards(args, samples)[0], [0.0] * len(samples)
 
 
 def mask_out(sample: Sample, *, with_teacher: bool) -> None:

@@ -57,6 +57,26 @@ def test_gpus_can_be_kept_apart(tmp_path: Path) -> None:
     assert (args.colocate, args.weight_sync) == (False, "distributed")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "student", "sizes", "layers"),
+    [
+        (16, "Qwen/Qwen3-VL-8B-Thinking", (4, 1), 36),
+        (8, "Qwen/Qwen3-VL-8B-Instruct", (2, 1), 36),
+        (2, "Qwen/Qwen3-VL-2B-Instruct", (1, 1), 28),
+        (16, "Qwen/Qwen3-VL-30B-A3B-Thinking", (1, 4), 48),
+    ],
+)
+def test_megatron_splits_the_student_over_the_gpus_that_train(
+    tmp_path: Path, gpus: int, student: str, sizes: tuple[int, int], layers: int
+) -> None:
+    launched = Machine(tmp_path, gpus).dry_run(TRAIN_BACKEND="megatron", STUDENT_MODEL=student)
+    args = training(launched)
+    assert (args.tensor_model_parallel_size, args.expert_model_parallel_size) == sizes
+    assert args.sequence_parallel == (sizes[0] > 1)
+    assert args.num_layers == layers
+    assert args.use_distributed_optimizer
+
+
 def test_the_published_models_and_data_are_downloaded_where_they_are_missing(tmp_path: Path) -> None:
     launched = Machine(tmp_path, 8).dry_run()
     downloads = [words[2:] for words in launched.commands if words[0].endswith("/hf")]
@@ -259,7 +279,10 @@ def test_the_output_folder_is_fresh_and_printed_first_and_last(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"TRAIN_BACKEND": "megatron"}, "the Megatron backend (slime/backends/megatron) has not landed"),
+        (
+            {"EXTRA_ARGS": "--tensor-model-parallel-size 2"},
+            "--train-backend fsdp shards over all",
+        ),
         ({"OPD_KL_COEF": "0"}, "nothing would be distilled"),
         ({"EXTRA_ARGS": "--num-rolout 3"}, "did you mean --num-rollout"),
         ({"STUDENT_MODEL": "/no/such/folder"}, "SLIME_SCRIPT_STUDENT_MODEL is /no/such/folder"),

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
+from slime.backends.fsdp.export import hf_named_parameters
 from slime.tiny.model import build_config, save_processor
+from slime.tiny.paths import checkpoint_path
 from slime.tiny.tokenizer import build_tokenizer
 from slime.utils.types import Sample, SampleStatus
 
@@ -34,11 +45,67 @@ def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path
     return folder
 
 
+def save_mixture_model(folder: Path, *, tied: bool = False, published: bool = True, seed: int = 0) -> Path:
+    """Write a float32 Qwen3-VL whose layers are mixtures of four experts, with random weights.
+
+    Experts lie as in published checkpoints, or as transformers saves them.
+    """
+    dense = build_config(build_tokenizer()).to_dict()
+    text, vision = ({**dense[part]} for part in ("text_config", "vision_config"))
+    del text["model_type"], vision["model_type"]
+    text |= {"vocab_size": VOCABULARY, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    text |= {"moe_intermediate_size": 20, "tie_word_embeddings": tied}
+    ids = {name: value for name, value in dense.items() if name.endswith("_token_id")}
+    torch.manual_seed(seed)
+    model = Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    ).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name or name.endswith("mlp.gate.weight"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    if published:
+        weights = {name: tensor.contiguous() for name, tensor in hf_named_parameters(model, torch.float32)}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_processor(folder)
+    return folder
+
+
+def save_upcycled_student(folder: Path, *, experts: int = 4) -> Path:
+    """Write the shipped student as a mixture: every expert is its MLP, so it answers as the student does."""
+    shipped = checkpoint_path("student")
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = AutoConfig.from_pretrained(shipped).to_dict()
+    text, vision = ({**config[part]} for part in ("text_config", "vision_config"))
+    del text["model_type"], vision["model_type"]
+    text |= {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    text |= {"moe_intermediate_size": text["intermediate_size"]}
+    ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    mixture = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    mixture.architectures = ["Qwen3VLMoeForConditionalGeneration"]
+    mixture.save_pretrained(folder)
+    torch.manual_seed(0)
+    dense, weights = load_file(shipped / "model.safetensors"), {}
+    for name, tensor in dense.items():
+        layer, of_mlp, part = name.rpartition(".mlp.")
+        if not of_mlp or "language_model" not in layer:
+            weights[name] = tensor
+        elif part == "gate_proj.weight":
+            gate_and_up = torch.cat([tensor, dense[f"{layer}.mlp.up_proj.weight"]])
+            weights[f"{layer}.mlp.experts.gate_up_proj"] = gate_and_up.T.repeat(experts, 1, 1)
+            weights[f"{layer}.mlp.gate.weight"] = 0.1 * torch.randn(experts, tensor.shape[1]).bfloat16()
+        elif part == "down_proj.weight":
+            weights[f"{layer}.mlp.experts.down_proj"] = tensor.T.repeat(experts, 1, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def save_text_model(folder: Path, *, seed: int = 0) -> Path:
     """Write a float32 Qwen3 with random weights and the tiny tokenizer."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(build_tokenizer()) + 1,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
+from slime.backends.base import NonFiniteError, TrainBackend
 from slime.backends.fsdp.backend import FsdpBackend
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -48,6 +50,11 @@ class Job:
     port: int = 0
     load: str | None = None
     save: str | None = None
+    model: Path | None = None
+    """None: that of the other jobs."""
+    keep_loaded: bool = False
+    masked_ids: tuple[int, ...] = ()
+    """Tokens that are never sampled."""
 
 
 @dataclass
@@ -56,6 +63,10 @@ class Outcome:
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+    """The full weights before the first, where the job asks for them."""
+    error: str | None = None
+    """What the trainer said of a loss or gradient that is not finite."""
 
 
 def make_args(model: Path, *flags: str, samples: int = 8, ranks: int = 1) -> Args:
@@ -77,14 +88,35 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def quiet_ports() -> Iterator[int]:
+    """Yield free ports that no connection is given by itself: they are still free in a minute."""
+    for port in random.sample(range(20000, 32000), 12000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            yield port
+
+
 @contextmanager
 def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = None) -> Iterator[FsdpBackend]:
-    """Give a backend in a process group of its own."""
+    """Give an FSDP backend in a process group of its own."""
+    with joined_backend(args, rank, world_size, port) as backend:
+        assert isinstance(backend, FsdpBackend)
+        yield backend
+
+
+@contextmanager
+def joined_backend(
+    args: Args,
+    rank: int = 0,
+    world_size: int = 1,
+    port: int | None = None,
+    masked_ids: Sequence[int] = (),
+) -> Iterator[TrainBackend]:
+    """Give the backend that the arguments name in a process group of its own."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "LOCAL_RANK": "0"}
     with patch.dict(os.environ, environment):
-        backend = create_backend(args, rank, world_size)
+        backend = create_backend(args, rank, world_size, masked_ids)
     try:
-        assert isinstance(backend, FsdpBackend)
         yield backend
     finally:
         backend.close()
@@ -92,15 +124,21 @@ def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = No
 
 def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
     """Run one job as one rank."""
+    model = job.model or model
     args = make_args(model, *job.flags, samples=len(job.samples), ranks=world_size)
     outcome = Outcome()
-    with joined(args, rank, world_size, job.port) as backend:
+    with joined_backend(args, rank, world_size, job.port, job.masked_ids) as backend:
         if job.load is not None:
             backend.load_checkpoint(Path(job.load))
-        trainer = Trainer(args, backend, load_processor(model))
+        if job.keep_loaded:
+            outcome.loaded = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
+        trainer = Trainer(args, backend, load_processor(model), job.masked_ids)
         for rollout_id in range(job.rollouts):
-            shards = build_shards(args, job.samples, job.pictures, world_size, rollout_id)
-            outcome.metrics.append(trainer.train(rollout_id, shards[rank]))
+            shards = build_shards(args, job.samples, job.pictures, args.num_data_ranks, rollout_id)
+            try:
+                outcome.metrics.append(trainer.train(rollout_id, shards[args.data_rank(rank)]))
+            except NonFiniteError as error:
+                outcome.error = str(error)
         if job.save is not None:
             backend.save_checkpoint(Path(job.save))
         outcome.weights = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
@@ -115,8 +153,8 @@ def train_on_ranks(
     Raises:
         AssertionError: a rank failed, or they were not done in time: a hang.
     """
-    for job in jobs:
-        job.port = free_port()
+    for job, port in zip(jobs, quiet_ports(), strict=False):
+        job.port = port
     torch.save(list(jobs), folder / "jobs.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ranks = [

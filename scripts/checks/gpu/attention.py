@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from scripts.checks.gpu.result import Row, measured, skipped, within
 from scripts.checks.gpu.setting import Setting
-from slime.backends.fsdp import attention
-from slime.backends.fsdp.attention import borders, packed_attention
+from slime.backends import attention
+from slime.backends.attention import borders, packed_attention
 
 CHECK = "packed attention"
 HEADS, KV_HEADS, DIM = 32, 8, 128

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from slime.backends.fsdp.attention import PACKED, require_packable
+from slime.backends.attention import PACKED, require_packable
 from slime.backends.fsdp.model import PolicyModel
 
 

@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+from slime.backends.attention import borders
 from slime.backends.base import LossInputs
 from slime.backends.batching import MicroBatch
-from slime.backends.fsdp.attention import borders
 from slime.backends.fsdp.outputs import ResponseOutputs
 
 Result = TypeVar("Result")

@@ -12,6 +12,7 @@ from slime.arguments.pending import PENDING
 MINIMAL = ("--hf-checkpoint", "student", "--prompt-data", "train.parquet", "--num-rollout", "3")
 URL = ("--rm-url", "http://127.0.0.1:13141/generate")
 DISTIL = ("--use-opd", "--opd-type", "sglang", *URL)
+MEGATRON = (*DISTIL, "--train-backend", "megatron")
 
 CONTRADICTIONS = {
     "opd without a type": (("--use-opd", *URL), ("--use-opd", "--opd-type")),
@@ -23,6 +24,34 @@ CONTRADICTIONS = {
     "a megatron teacher under fsdp": (
         ("--use-opd", "--opd-type", "megatron", "--train-backend", "fsdp"),
         ("--opd-type megatron", "--train-backend", "--rm-url"),
+    ),
+    "megatron's flags under fsdp": (
+        (*DISTIL, "--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "2"),
+        ("--tensor-model-parallel-size", "--train-backend fsdp", "--train-backend megatron"),
+    ),
+    "a teacher in the trainer without its checkpoint": (
+        ("--use-opd", "--opd-type", "megatron", "--train-backend", "megatron"),
+        ("--opd-type megatron", "--opd-teacher-load"),
+    ),
+    "ranks that do not divide into models": (
+        (*MEGATRON, "--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "3"),
+        ("3 training ranks", "models of 2", "--tensor-model-parallel-size 2"),
+    ),
+    "ranks that do not divide into groups of experts": (
+        (*MEGATRON, "--expert-model-parallel-size", "4", "--actor-num-gpus-per-node", "2"),
+        ("2 training ranks of a pipeline stage", "groups of 4", "--expert-model-parallel-size"),
+    ),
+    "sequence parallelism alone": (
+        (*MEGATRON, "--sequence-parallel"),
+        ("--sequence-parallel", "--tensor-model-parallel-size is 1"),
+    ),
+    "full recomputation of nothing": (
+        (*MEGATRON, "--recompute-granularity", "full"),
+        ("--recompute-granularity full", "--recompute-num-layers"),
+    ),
+    "layers of a recomputation that is not full": (
+        (*MEGATRON, "--recompute-granularity", "selective", "--recompute-num-layers", "1"),
+        ("--recompute-num-layers", "--recompute-granularity full"),
     ),
     "coefficient zero": ((*DISTIL, "--opd-kl-coef", "0"), ("--opd-kl-coef is 0", "--use-opd")),
     "coefficient negative": ((*DISTIL, "--opd-kl-coef", "-1"), ("--opd-kl-coef is -1", "--use-opd")),
@@ -341,17 +370,6 @@ def test_all_problems_are_told_at_once(refusal: Callable[..., str]) -> None:
 
 
 PENDING_FLAGS = {
-    "--train-backend megatron": ("--train-backend", "megatron"),
-    "--opd-type megatron": ("--train-backend", "megatron", "--opd-type", "megatron"),
-    "--opd-teacher-load": (
-        "--train-backend",
-        "megatron",
-        "--opd-type",
-        "megatron",
-        "--opd-teacher-load",
-        "t",
-    ),
-    "Megatron's own flags": ("--tensor-model-parallel-size", "2"),
     "--rollout-top-p below 1": ("--rollout-top-p", "0.9"),
     "--rollout-top-k": ("--rollout-top-k", "20"),
 }
@@ -369,6 +387,16 @@ def test_pending_flag_is_refused_and_names_what_is_missing(
     message = refusal(*flags)
     assert f"not available yet: {name}" in message
     assert " ".join(missing.split()) in message
+
+
+def test_ranks_that_share_a_model_share_a_shard(parsed: Callable[..., Args]) -> None:
+    args = parsed(
+        *("--actor-num-gpus-per-node", "8", "--train-backend", "megatron", "--sequence-parallel"),
+        *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+    )
+    assert args.ranks_per_model == 4
+    assert args.num_data_ranks == 2
+    assert [args.data_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 def test_a_full_run_of_the_recipe_is_accepted(parsed: Callable[..., Args]) -> None:

@@ -18,10 +18,3 @@ def test_the_environment_must_say_where_ranks_meet(monkeypatch: pytest.MonkeyPat
         RuntimeError, match=r"^MASTER_PORT, LOCAL_RANK not set in the environment of training rank 3"
     ):
         create_backend(make_args(Path("model"), *DISTILL), 3, 4)
-
-
-def test_a_backend_that_is_not_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = make_args(Path("model"), *DISTILL)
-    object.__setattr__(args, "train_backend", "megatron")
-    with pytest.raises(ValueError, match="--train-backend megatron given"):
-        create_backend(args, 0, 1)

@@ -22,6 +22,16 @@ def test_content_comes_back_for_views_and_holders_alike() -> None:
     assert torch.equal(other, torch.ones(3, dtype=torch.bfloat16))
 
 
+def test_what_lies_among_what_stays_stays() -> None:
+    kept, state = torch.arange(4.0), torch.ones(2)
+    parking = Parking()
+    parking.park([kept[:2], state], but=[kept])
+    assert torch.equal(kept, torch.arange(4.0))
+    assert state.untyped_storage().nbytes() == 0
+    parking.unpark()
+    assert torch.equal(state, torch.ones(2))
+
+
 def test_a_model_trains_on_as_if_nothing_had_been() -> None:
     def train(parked: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)

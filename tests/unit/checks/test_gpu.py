@@ -27,7 +27,7 @@ from scripts.checks.gpu.registry import CHECKS
 from scripts.checks.gpu.report import all_passed, summary, table
 from scripts.checks.gpu.result import Row, at_least, failed, measured, skipped, within
 from scripts.checks.gpu.setting import CPU, Setting
-from slime.backends.fsdp.attention import borders, packed_attention
+from slime.backends.attention import borders, packed_attention
 
 REPOSITORY = Path(__file__).parents[3]
 SCRIPT = REPOSITORY / "scripts" / "check_gpu.sh"
@@ -71,7 +71,7 @@ def test_attention_that_lets_samples_see_each_other_fails(setting, monkeypatch):
 
 
 def test_calls_of_the_kernel_are_counted(monkeypatch):
-    from slime.backends.fsdp import attention as ours
+    from slime.backends import attention as ours
 
     monkeypatch.setattr(ours, "varlen_attn", lambda number: number + 1)
     kernel: Any = ours

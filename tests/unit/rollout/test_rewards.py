@@ -184,6 +184,25 @@ async def test_without_distillation_the_rule_is_the_reward() -> None:
     assert sample.teacher_log_probs is None
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+async def test_with_a_teacher_in_the_trainer_grades_count_by_their_weight(weight: float) -> None:
+    teacher = (
+        "--use-opd",
+        "--opd-type",
+        "megatron",
+        "--opd-teacher-load",
+        "t",
+        "--train-backend",
+        "megatron",
+    )
+    graded = ("--rm-type", "math", "--label-key", "answer", "--task-reward-weight", str(weight))
+    (sample,) = await judged(Rewards(_grpo_args(*teacher, *graded), facts()), answered_sample())
+    assert sample.metadata["task_reward"] == sample.metadata["raw_reward"] == 1.0
+    assert sample.metadata["train_reward"] == 0.0
+    assert sample.reward == (1.0 if weight else 0.0)
+    assert sample.teacher_log_probs is None
+
+
 async def test_a_plain_reward_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     async def reward(args: Any, sample: Sample, **kwargs: Any) -> Any:
         return {"accuracy": 0.75}

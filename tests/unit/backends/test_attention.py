@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config
 
+from slime.backends import attention
+from slime.backends.attention import borders, packed_attention, require_packable
 from slime.backends.batching import MicroBatch, MicroBatchBuilder
-from slime.backends.fsdp import attention
-from slime.backends.fsdp.attention import borders, packed_attention, require_packable
 from slime.trainer import build_shards
 from slime.utils.processing_utils import load_processor
 from tests.fakes.tiny_model import make_samples, save_text_model, save_vision_model

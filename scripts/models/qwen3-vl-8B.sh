@@ -1,0 +1,9 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # read by the launchers
+# The text model of Qwen3-VL-8B, Instruct and Thinking. The checkpoint's config builds it and must agree.
+MODEL_ARGS=(
+  --num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288
+  --num-attention-heads 32 --num-query-groups 8 --kv-channels 128
+  --vocab-size 151936 --rotary-base 5000000 --norm-epsilon 1e-6
+  --untie-embeddings-and-output-weights
+)

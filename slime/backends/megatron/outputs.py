@@ -1,0 +1,294 @@
+"""What a loss may ask of the model where the vocabulary lies in slices on tensor-parallel ranks.
+
+As in `slime.losses.log_probs` the LM head runs over chunks of positions, forward and once more backward, and
+no tensor [P, V] exists. Each rank has the logits of its slice; what a softmax needs of the others is a few
+numbers a position, added up over the ranks. Shape letters: P response tokens of the micro-batch, Q of them on
+this context-parallel rank, V tokens of this rank's slice, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_FLOOR = -1e5
+"""The logit of tokens that are never sampled: its probability is exactly 0, and 0 times it is 0."""
+
+
+@dataclass(frozen=True)
+class VocabularyShare:
+    """This rank's slice of the vocabulary."""
+
+    start: int
+    width: int
+    closed: Tensor
+    """int64, the tokens of the slice outside the distribution: never sampled, or filling."""
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def of(
+        vocabulary: int, rows: int, masked_ids: Sequence[int], group: dist.ProcessGroup, device: torch.device
+    ) -> VocabularyShare:
+        """Return the slice of `rows` rows of which `vocabulary` are tokens."""
+        width = rows // group.size()
+        start = group.rank() * width
+        outside = sorted({*masked_ids, *range(vocabulary, rows)})
+        closed = [token - start for token in outside if start <= token < start + width]
+        return VocabularyShare(start, width, torch.tensor(closed, dtype=torch.int64, device=device), group)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Add up over the ranks, in place. Collective."""
+        if self.group.size() > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Return the largest over the ranks, in place. Collective."""
+        if self.group.size() > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the column of each token in the slice, 0 for those of other ranks, and which are here."""
+        here = (ids >= self.start) & (ids < self.start + self.width)
+        return torch.where(here, ids - self.start, 0), here
+
+    def logits(self, rows: Tensor, head: Tensor) -> Tensor:
+        """Return a chunk's logits [C, V] in at least float32."""
+        logits = rows @ head.T
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return logits.index_fill_(1, self.closed, _FLOOR)
+
+
+class SlicedLogProbs(NamedTuple):
+    """What chunks of logits are reduced to, the same on all ranks that share the vocabulary."""
+
+    log_probs: Tensor
+    """[Q, K], of the tokens asked for."""
+    entropy: Tensor
+    """[Q], in nats."""
+    log_rest: Tensor
+    """[Q], log-mass of all other tokens; empty unless asked for."""
+
+
+class ResponseOutputs:
+    """Implements `LossInputs`: each context-parallel rank computes its positions, and all see all [P]."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        rows: Tensor,
+        chunk_size: int,
+        vocabulary: VocabularyShare,
+        context: dist.ProcessGroup,
+    ) -> None:
+        """Take the hidden states [Q, H] of this rank's positions, its slice of the LM head [V, H], the tokens
+        [P] that were sampled, and which of them belong to this rank [Q]."""
+        self._hidden, self._head = hidden, head
+        self._ids, self._rows = ids, rows
+        self._chunk_size = chunk_size
+        self._vocabulary = vocabulary
+        self._context = context
+        self._sampled: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[P], log-prob of each sampled token."""
+        return self._pass()[0]
+
+    @property
+    def entropy(self) -> Tensor:
+        """[P], entropy in nats."""
+        return self._pass()[1]
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Return the log-probs [P, K] of `ids` [P, K]."""
+        return self._whole(self._compute(self._hidden, ids).log_probs)
+
+    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probs [P, K] of `ids` [P, K], and the log of the mass of all other tokens [P]."""
+        made = self._compute(self._hidden, ids, with_rest=True)
+        return self._whole(made.log_probs), self._whole(made.log_rest)
+
+    @torch.no_grad()
+    def log_probs_at(self, temperature: float) -> Tensor:
+        """Return the log-probs [P] of the sampled tokens at another temperature, without gradient."""
+        cooled = self._hidden / temperature  # the LM head is linear: its logits are divided too
+        return self._whole(self._compute(cooled, self._ids[:, None]).log_probs)[:, 0]
+
+    @torch.no_grad()
+    def top_ids(self, count: int) -> Tensor:
+        """Return the likeliest tokens of each position, [P, count], likeliest first, without gradient."""
+        share = self._vocabulary
+        chunks = []
+        for rows in self._hidden.split(self._chunk_size):
+            values, columns = share.logits(rows, self._head).topk(min(count, share.width), dim=1)
+            values, ids = _joined(values, share.group), _joined(columns + share.start, share.group)
+            chunks.append(ids.gather(1, values.topk(count, dim=1).indices))
+        return self._whole(torch.cat(chunks))
+
+    def _pass(self) -> tuple[Tensor, Tensor]:
+        """Run the LM head once for both log-probs and entropy."""
+        if self._sampled is None:
+            made = self._compute(self._hidden, self._ids[:, None])
+            self._sampled = self._whole(made.log_probs)[:, 0], self._whole(made.entropy)
+        return self._sampled
+
+    def _compute(self, hidden: Tensor, ids: Tensor, *, with_rest: bool = False) -> SlicedLogProbs:
+        mine = ids.index_select(0, self._rows)
+        made = _SlicedLogProbs.apply(hidden, self._head, mine, self._chunk_size, self._vocabulary, with_rest)
+        return SlicedLogProbs(*made)
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """Return [P, ...] of all context-parallel ranks' [Q, ...]."""
+        if self._context.size() == 1:
+            return values
+        return _FromAllRanks.apply(values, self._rows, len(self._ids), self._context)  # pyright: ignore[reportReturnType]
+
+
+class _FromAllRanks(torch.autograd.Function):
+    """Joins what context-parallel ranks computed. All go on with the same loss, so a rank's gradient is that
+    of its own rows; parameters' gradients are added up over these ranks later."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(rows)
+        whole = values.new_zeros((total, *values.shape[1:]))
+        whole[rows] = values
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
+class _SlicedLogProbs(torch.autograd.Function):
+    """Forward and backward in chunks; the backward pass computes each chunk's logits anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        chunk_size: int,
+        share: VocabularyShare,
+        with_rest: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the head chunk by chunk and keep log-probs, entropy and normaliser."""
+        ctx.set_materialize_grads(False)
+        log_probs, entropies, normalizers, rests = [], [], [], []
+        for rows, wanted in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True):
+            logits = share.logits(rows, head)
+            columns, here = share.columns(wanted)
+            peak = share.largest(logits.amax(dim=1))
+            weights = logits.sub(peak[:, None]).exp_()
+            sums = torch.stack([weights.sum(dim=1), (weights * logits).sum(dim=1)], dim=1)
+            chosen = torch.where(here, logits.gather(1, columns), 0.0)
+            added = share.total(torch.cat([sums, chosen], dim=1))
+            normalizer = peak + added[:, 0].log()
+            log_probs.append(added[:, 2:] - normalizer[:, None])
+            entropies.append(normalizer - added[:, 1] / added[:, 0])
+            normalizers.append(normalizer)
+            if with_rest:
+                rests.append(_log_sum(_without(logits, columns, here), share) - normalizer)
+        entropy = torch.cat(entropies)
+        rest = torch.cat(rests).clamp_(min=_FLOOR) if rests else entropy.new_zeros(0)
+        ctx.save_for_backward(hidden, head, ids, torch.cat(normalizers), entropy, rest)
+        ctx.chunk_size, ctx.share = chunk_size, share
+        return torch.cat(log_probs), entropy, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_rest: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        """Push each chunk's gradient through this rank's slice of the head.
+
+        What comes back for the hidden states is this slice's part; Megatron adds the parts up.
+        """
+        hidden, head, ids, normalizers, entropy, rest = ctx.saved_tensors
+        wide = normalizers.dtype
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], ctx.chunk_size):
+            part = slice(start, start + ctx.chunk_size)
+            logits = _logits_gradient(
+                ctx.share.logits(hidden[part], head).sub_(normalizers[part, None]),
+                ctx.share.columns(ids[part]),
+                entropy[part],
+                None if grad_log_probs is None else grad_log_probs[part],
+                None if grad_entropy is None else grad_entropy[part],
+                None if grad_rest is None else (rest[part], grad_rest[part]),
+            )
+            logits = logits.index_fill_(1, ctx.share.closed, 0.0).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = logits @ head
+            if grad_head is not None:
+                grad_head += logits.T @ hidden[part]
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
+
+
+def _logits_gradient(
+    log_probs: Tensor,
+    chosen: tuple[Tensor, Tensor],
+    entropy: Tensor,
+    grad_chosen: Tensor | None,
+    grad_entropy: Tensor | None,
+    rest: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the gradient [C, V] with respect to one chunk's logits in this slice.
+
+    The formulas are those of `slime.losses.log_probs`: with p = softmax(z), d log p_k / dz = onehot_k - p,
+    dH / dz = -p (log p + H), and with r the distribution among the others, d log rest / dz = r - p.
+    """
+    columns, here = chosen
+    among = None
+    if rest is not None:
+        among = _without(log_probs - rest[0][:, None], columns, here).exp_()
+    probs = log_probs.exp()
+    factor = torch.zeros_like(entropy)[:, None]
+    if grad_chosen is not None:
+        factor = factor - grad_chosen.sum(dim=1, keepdim=True)
+    if rest is not None:
+        factor = factor - rest[1][:, None]
+    if grad_entropy is not None:
+        factor = factor - grad_entropy[:, None] * (log_probs + entropy[:, None])
+    gradient = probs.mul_(factor)
+    if among is not None and rest is not None:
+        gradient.addcmul_(among, rest[1][:, None])
+    if grad_chosen is not None:
+        gradient.scatter_add_(1, columns, torch.where(here, grad_chosen, 0.0).to(gradient.dtype))
+    return gradient
+
+
+def _without(logits: Tensor, columns: Tensor, here: Tensor) -> Tensor:
+    """Return the logits with those of the chosen tokens that are in the slice at minus infinity."""
+    bounds = torch.where(here, -torch.inf, torch.inf).to(logits.dtype)
+    return logits.scatter_reduce(1, columns, bounds, "amin")
+
+
+def _log_sum(logits: Tensor, share: VocabularyShare) -> Tensor:
+    """Return the logsumexp [C] over all slices, minus infinity where nothing is left. Collective."""
+    peak = share.largest(logits.amax(dim=1)).clamp_(min=_FLOOR)
+    return peak + share.total(logits.sub(peak[:, None]).exp_().sum(dim=1)).log()
+
+
+def _joined(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the columns of all ranks side by side. Collective."""
+    if group.size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,132 @@
+"""Save and load: an interrupted run goes on as if it had not been, whatever shares the model afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from tests.fakes.tiny_model import make_samples, save_mixture_model, save_vision_model
+from tests.fakes.training import (
+    DISTILL,
+    ONE_BATCH,
+    Job,
+    Outcome,
+    joined_backend,
+    make_args,
+    train,
+    train_on_ranks,
+)
+
+FLAGS = (*DISTILL, *ONE_BATCH, "--lr", "0.01", "--adam-eps", "1e-3", "--lr-warmup-iters", "3")
+MEGATRON = ("--train-backend", "megatron")
+TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+PIPELINE = ("--pipeline-model-parallel-size", "2")
+ZERO1 = ("--use-distributed-optimizer",)
+EXPERTS = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+BFLOAT16 = ("--train-dtype", "bfloat16")
+RESHARDED = {
+    "tensor to pipeline": ("dense", TENSOR, PIPELINE),
+    "sharded optimizer to tensor": ("dense", ZERO1, TENSOR),
+    "experts to experts split by tensor": ("mixture", (*EXPERTS, *ZERO1), TENSOR),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "dense": save_vision_model(folder / "dense"),
+        "mixture": save_mixture_model(folder / "mixture"),
+    }
+
+
+def job(
+    rollouts: int, *flags: str, load: Path | None = None, save: Path | None = None, model: Path | None = None
+) -> Job:
+    samples, pictures = make_samples(4)
+    return Job(
+        (*FLAGS, *flags),
+        samples,
+        pictures,
+        rollouts,
+        load=load and str(load),
+        save=save and str(save),
+        model=model,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(models: dict[str, Path]) -> dict[str, Outcome]:
+    """Three steps without a break, by FSDP."""
+    return {name: train(path, job(3)) for name, path in models.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    models: dict[str, Path], saved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Outcome]]:
+    """Two steps and a checkpoint, then the third step under another parallelism, on two ranks."""
+    jobs = []
+    for name, (model, before, after) in RESHARDED.items():
+        jobs.append(job(2, *MEGATRON, *before, save=saved / name, model=models[model]))
+        jobs.append(job(1, *MEGATRON, *after, load=saved / name, model=models[model]))
+    outcomes = train_on_ranks(Path("unused"), jobs, tmp_path_factory.mktemp("ranks"))
+    return dict(zip(RESHARDED, outcomes[1::2], strict=True))
+
+
+def assert_goes_on(outcome: Outcome, whole: Outcome) -> None:
+    for name in ("loss", "grad_norm", "lr"):
+        assert outcome.metrics[-1][name] == pytest.approx(whole.metrics[-1][name], rel=1e-3), name
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(outcome.weights[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_a_run_goes_on_under_another_parallelism(
+    whole: dict[str, Outcome], resumed: dict[str, list[Outcome]], name: str
+) -> None:
+    for outcome in resumed[name]:
+        assert_goes_on(outcome, whole[RESHARDED[name][0]])
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+@pytest.mark.usefixtures("resumed")
+def test_a_run_goes_on_on_one_rank(
+    models: dict[str, Path], whole: dict[str, Outcome], saved: Path, name: str
+) -> None:
+    model = RESHARDED[name][0]
+    assert_goes_on(train(models[model], job(1, *MEGATRON, load=saved / name)), whole[model])
+
+
+def test_the_comparison_can_see(models: dict[str, Path], whole: dict[str, Outcome]) -> None:
+    """Adam's means and the step count matter at the third step."""
+    fresh = train(models["dense"], job(1, *MEGATRON))
+    assert fresh.metrics[-1]["lr"] != whole["dense"].metrics[-1]["lr"]
+    assert abs(fresh.metrics[-1]["loss"] - whole["dense"].metrics[-1]["loss"]) > 1e-2
+
+
+def test_half_precision_keeps_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
+    unbroken = train(models["dense"], job(3, *MEGATRON, *BFLOAT16))
+    train(models["dense"], job(2, *MEGATRON, *BFLOAT16, save=tmp_path))
+    outcome = train(models["dense"], job(1, *MEGATRON, *BFLOAT16, load=tmp_path))
+    assert outcome.metrics[-1] == unbroken.metrics[-1]
+    for name, weight in unbroken.weights.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(outcome.weights[name], weight), name
+
+
+def test_a_folder_without_checkpoint_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    with (
+        joined_backend(make_args(models["dense"], *FLAGS, *MEGATRON)) as backend,
+        pytest.raises(FileNotFoundError, match="--load takes"),
+    ):
+        backend.load_checkpoint(tmp_path)
