@@ -287,9 +287,11 @@ megatron_args() {
   MEGATRON_ARGS=(${MODEL_ARGS[@]+"${MODEL_ARGS[@]}"} --use-distributed-optimizer)
   local mixture=0
   if [[ " ${MODEL_ARGS[*]-} " == *" --num-experts "* ]]; then mixture=1; fi
-  # Layers are split over the GPUs that train, at most 4, as in the recipe (half of the student's GPUs train); experts
-  # over at most 8.
-  if [ "$mixture" = 1 ]; then wanted=8; else wanted=4; fi
+  # Layers are split over half of the student's GPUs and at most 4, as in the recipe; experts over at most 8.
+  local gpus
+  IFS=, read -ra gpus <<<"$STUDENT_GPUS"
+  wanted=$((${#gpus[@]} / 2 > 4 ? 4 : ${#gpus[@]} / 2))
+  if [ "$mixture" = 1 ]; then wanted=8; fi
   while [ $((size * 2)) -le "$wanted" ] && [ $((NUM_ACTOR_GPUS % (size * 2))) = 0 ]; do size=$((size * 2)); done
   if [ "$size" = 1 ]; then return; fi
   if [ "$mixture" = 1 ]; then

@@ -57,7 +57,7 @@ if [ "$run_linters" = 1 ]; then
 fi
 if [ "$run_linters" = 1 ]; then
   # These start few processes of their own, so two of them can run side by side.
-  beside=(tests/unit tests/invariants)
+  beside=(tests/unit tests/invariants tests/contracts)
   check "pytest ${beside[*]}" "$bin/python" -m pytest -n 2 --dist loadfile -m "$selection" "${beside[@]}"
   pytest_args=("${beside[@]/#/--ignore=}")
 fi

@@ -63,7 +63,7 @@ def test_gpus_can_be_kept_apart(tmp_path: Path) -> None:
         (16, "Qwen/Qwen3-VL-8B-Thinking", (4, 1), 36),
         (8, "Qwen/Qwen3-VL-8B-Instruct", (2, 1), 36),
         (2, "Qwen/Qwen3-VL-2B-Instruct", (1, 1), 28),
-        (16, "Qwen/Qwen3-VL-30B-A3B-Thinking", (1, 4), 48),
+        (16, "Qwen/Qwen3-VL-30B-A3B-Thinking", (1, 8), 48),
     ],
 )
 def test_megatron_splits_the_student_over_the_gpus_that_train(

@@ -19,7 +19,9 @@ def _wait_for_training(job: Job) -> None:
     job.wait_for(r"rollout +1/1000")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_everything(data, teacher: ServerProcess, tmp_path: Path, number, status):
     with running(arguments(data, teacher.url, tmp_path / "run", *MANY), tmp_path / "run") as job:
         _wait_for_training(job)
@@ -59,7 +61,7 @@ def test_a_dead_process_ends_the_run_with_its_name_and_log(data, teacher, tmp_pa
 
 
 def test_a_killed_teacher_is_a_clear_error_within_a_minute(data, tmp_path):
-    patience = ("--teacher-patience", "10")
+    patience = ("--teacher-patience", "4")
     with (
         start_teacher(tmp_path / "teacher.log") as doomed,
         running(arguments(data, doomed.url, tmp_path / "run", *MANY, *patience), tmp_path / "run") as job,

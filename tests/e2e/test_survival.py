@@ -60,6 +60,7 @@ def test_the_launchers_teacher_is_killed_twice_and_the_run_loses_nothing(data, t
     assert "teacher_eval/accuracy" in (folder / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_one_of_two_replicas_is_killed_and_the_other_does_its_work(data, teacher, tmp_path: Path):
     folder = tmp_path / "run"
     with start_teacher(tmp_path / "doomed.log") as doomed:

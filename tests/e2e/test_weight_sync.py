@@ -101,7 +101,8 @@ def test_colocated_the_memory_goes_back_and_forth_and_the_job_learns_the_same(ru
     assert not taking_turns & stages(apart)
 
 
-@pytest.mark.parametrize("way", ["distributed", pytest.param("tensor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["distributed", "tensor"])
 def test_two_engines_get_weights_that_are_sent_and_the_job_learns_the_same(
     run: Run, apart: Path, way: str
 ) -> None:
