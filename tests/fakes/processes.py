@@ -12,6 +12,8 @@ import psutil
 ESTABLISHED = "01"
 PATIENCE_SECONDS = 60.0
 HOLD_SECONDS = 120.0
+PAUSE_SECONDS = 8.0
+"""How long a server that may owe all answers is kept from giving them."""
 
 
 def heed_interrupts() -> None:
@@ -39,13 +41,20 @@ def ended(pid: int) -> bool:
 def kill_with_requests(server: psutil.Process, port: int, going_on: Callable[[], bool]) -> None:
     """Stop the server at `port`, wait until a request lies unread at it, kill it with SIGKILL.
 
-    Fail if none comes although `going_on()` holds for two minutes, or if that does not hold any more.
+    A server that was stopped when it had just read all that there was is let go on, and stopped again. Fail if
+    no request comes although `going_on()` holds for two minutes, or if that does not hold any more.
     """
     server.suspend()
-    deadline = time.monotonic() + HOLD_SECONDS
+    stopped = time.monotonic()
+    deadline = stopped + HOLD_SECONDS
     while unread_bytes(port) == 0:
         assert going_on(), "what should ask the server has ended"
         assert time.monotonic() < deadline, f"nothing was sent to port {port} in {HOLD_SECONDS:g} s"
+        if time.monotonic() - stopped > PAUSE_SECONDS:
+            server.resume()
+            time.sleep(0.3)
+            server.suspend()
+            stopped = time.monotonic()
         time.sleep(0.02)
     server.kill()
 
