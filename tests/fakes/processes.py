@@ -41,8 +41,8 @@ def ended(pid: int) -> bool:
 def kill_with_requests(server: psutil.Process, port: int, going_on: Callable[[], bool]) -> None:
     """Stop the server at `port`, wait until a request lies unread at it, kill it with SIGKILL.
 
-    A server that was stopped when it had just read all that there was is let go on, and stopped again. Fail if
-    no request comes although `going_on()` holds for two minutes, or if that does not hold any more.
+    A server that was stopped when it had just read all that there was is let go on, and stopped again. Fail
+    if no request comes although `going_on()` holds for two minutes, or if that does not hold any more.
     """
     server.suspend()
     stopped = time.monotonic()
