@@ -8,34 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import (
-    Backend,
-    PrefixStore,
-    _abort_process_group,  # pyright: ignore[reportPrivateUsage]
-    _new_process_group_helper,  # pyright: ignore[reportPrivateUsage]
-    _world,  # pyright: ignore[reportPrivateUsage]
-)
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import _abort_process_group  # pyright: ignore[reportPrivateUsage]
 
 from slime.engines.control import EngineControl
 from slime.engines.errors import EngineError
 from slime.engines.process import free_port
+from slime.engines.update_group import in_own_thread, join_update_group
 from slime.weight_sync.base import EngineMember, Parameters, drain
 from slime.weight_sync.buckets import Bucket, device_memory, fill_buckets
 
 GROUP_PREFIX = "slime-weights"
 GROUP_TIMEOUT = timedelta(minutes=10)
-
-T = TypeVar("T")
 
 
 class DistributedSender:
@@ -75,7 +65,7 @@ class DistributedSender:
                     group=self._name,
                     version=version if bucket.last else None,
                 ),
-                beside(self._broadcast, bucket),
+                in_own_thread(self._broadcast, bucket),
             )
         return total
 
@@ -118,7 +108,7 @@ class DistributedSender:
                 name=self._name,
                 backend=backend,
             ),
-            beside(join_as_first, self._address, port, world_size, self._name, backend),
+            in_own_thread(join_as_first, self._address, port, world_size, self._name, backend),
         )
         self._members = tuple(engines)
 
@@ -129,47 +119,7 @@ class DistributedSender:
 
 
 def join_as_first(address: str, port: int, world_size: int, name: str, backend: str) -> ProcessGroup:
-    """Open a process group beside the default one, as SGLang's servers join it, and be its rank 0.
-
-    torch has no public way to form a group with processes of another world; SGLang uses these same functions.
-    """
-    host = f"[{address}]" if ":" in address else address
-    store, _, _ = next(rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=GROUP_TIMEOUT))
-    store.set_timeout(GROUP_TIMEOUT)
-    group, _ = _new_process_group_helper(
-        world_size,
-        0,
-        [],
-        Backend(backend),
-        PrefixStore(name, store),
-        group_name=name,  # pyright: ignore[reportArgumentType]
-        timeout=GROUP_TIMEOUT,
+    """Open a group at this side and be its rank 0."""
+    return join_update_group(
+        address, port, rank=0, world_size=world_size, name=name, backend=backend, timeout=GROUP_TIMEOUT
     )
-    assert isinstance(group, ProcessGroup)
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
-
-
-async def beside(function: Callable[..., T], *arguments: Any) -> T:
-    """Run `function` in a thread that nobody waits for when this is given up.
-
-    A broadcast ends when all have come, or by its time limit; an engine that refuses to come must not keep
-    the message of its refusal back for so long.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def work() -> None:
-        try:
-            result = function(*arguments)
-        except Exception as error:  # noqa: BLE001 (whatever it is, whoever waits gets it)
-            settle(done.set_exception, error)
-        else:
-            settle(done.set_result, result)
-
-    def settle(how: Callable[[Any], None], what: Any) -> None:
-        with suppress(RuntimeError):  # the loop has gone
-            loop.call_soon_threadsafe(lambda: None if done.done() else how(what))
-
-    threading.Thread(target=work, name="weight-update-group", daemon=True).start()
-    return await done

@@ -1,7 +1,6 @@
 """The engine's side of the process groups over which a trainer broadcasts weights, itself being rank 0.
 
-A group is made the way SGLang makes its own, since the same trainer talks to either: outside the default
-group, under its name, at the trainer's address. All that waits for the trainer blocks; call it in a thread.
+All that waits for the trainer blocks; call it in a thread.
 """
 
 import math
@@ -13,14 +12,8 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
-    Backend,
-    GroupName,
-    PrefixStore,
-    _new_process_group_helper,
-    _world,
-)
-from torch.distributed.rendezvous import rendezvous
+
+from slime.engines.update_group import join_update_group
 
 TIMEOUT = timedelta(minutes=5)
 """How long a group's start and each of its broadcasts may take. A trainer that died is then given up."""
@@ -71,22 +64,15 @@ class UpdateGroups:
                 f"the backend {place.backend!r} is not for an engine on {self._device.type}; use "
                 f"{' or '.join(backends)}."
             )
-        host = f"[{place.address}]" if ":" in place.address else place.address
-        meeting = rendezvous(
-            f"tcp://{host}:{place.port}", place.rank, place.world_size, timeout=self._timeout
-        )
-        store, rank, world_size = next(meeting)
-        store.set_timeout(self._timeout)
-        group, _ = _new_process_group_helper(
-            world_size,
-            rank,
-            [],
-            Backend(place.backend),
-            PrefixStore(place.name, store),
-            group_name=GroupName(place.name),
+        group = join_update_group(
+            place.address,
+            place.port,
+            rank=place.rank,
+            world_size=place.world_size,
+            name=place.name,
+            backend=place.backend,
             timeout=self._timeout,
         )
-        _world.pg_group_ranks[group] = {member: member for member in range(world_size)}
         self._groups[place.name] = group
         self._receiving[place.name] = self._device if place.backend == "nccl" else torch.device("cpu")
 

@@ -6,11 +6,9 @@ does the model thread write it.
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,11 +18,11 @@ from slime.engines.transformers_engine.control import Control
 from slime.engines.transformers_engine.memory import Memory
 from slime.engines.transformers_engine.weight_group import Broadcast, GroupPlace, UpdateGroups
 from slime.engines.transformers_engine.weight_payload import read_payload
+from slime.engines.update_group import in_own_thread
 
 NOT_FLUSHED = "Weights were updated, but the cache was not flushed, because requests are running."
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """What reading or receiving weights ends in."""
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -143,20 +141,3 @@ def _outcome(message: str, running: int, options: UpdateOptions) -> dict[str, An
     if options.version is not None:
         message += f" Weight version updated to {options.version}."
     return {"success": True, "message": message}
-
-
-async def in_own_thread(function: Callable[[], T]) -> T:
-    """Run what may wait long for a trainer in a thread that does not keep the engine from ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result = function()
-        except Exception as error:  # noqa: BLE001 - handed to the caller, who waits for it
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    # Shielded: a caller that is cancelled does not take the result's place away from the thread.
-    return await asyncio.shield(asyncio.wrap_future(future))
