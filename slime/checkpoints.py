@@ -43,26 +43,6 @@ class RunState:
             self.student_after = accuracy
 
 
-def local_model(name: str) -> Path:
-    """Return the folder of a Hugging Face model; a hub name is downloaded, or found in the hub's cache.
-
-    Raises:
-        FileNotFoundError: neither a folder nor, for all that the hub answers, a model there.
-    """
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    from huggingface_hub import snapshot_download  # a second to import, and most runs name a folder
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"--hf-checkpoint {name} is no folder here and no model that the Hugging Face hub gives us "
-            f"({error})."
-        ) from error
-
-
 def resume_point(load: str | None) -> tuple[RunState, Path | None]:
     """Return where the run begins: the state of the checkpoint that `--load` names and its folder, or a new
     one.

@@ -11,15 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from slime.arguments import Args, format_args, parse_args
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, local_model, resume_point
+from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, resume_point
+from slime.local_models import with_local_models
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
 from slime.ray.engine_group import EngineGroup, ExternalEngines
+from slime.ray.held_teacher import evaluate_held_teacher
 from slime.ray.interrupts import exit_status, ignore, listen
 from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
@@ -30,9 +31,15 @@ from slime.weight_sync.probe import WeightMismatchError
 from slime.weight_sync.store import create_weight_folder
 
 
-def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainGroup) -> RunState:
-    """Run the loop from the start, or from where `--load` stands, to `--num-rollout`."""
-    state, checkpoint = resume_point(args.load)
+def train(
+    args: Args,
+    tracker: Tracker,
+    rollouts: RolloutGroup,
+    trainers: TrainGroup,
+    state: RunState,
+    checkpoint: Path | None,
+) -> None:
+    """Run the loop from `state`, whose checkpoint is there unless it is the start, to `--num-rollout`."""
     ask_teacher = args.eval_teacher and state.teacher is None
     teacher = rollouts.evaluate_later(state.rollout_id, "teacher") if ask_teacher else None
     trainers.wait_ready()
@@ -61,7 +68,6 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
     if args.eval_sets:
         evaluate(args.num_rollout, tracker, rollouts, trainers, state)
     trainers.finish()
-    return state
 
 
 def evaluate(
@@ -104,20 +110,24 @@ def run(args: Args) -> None:
     output_dir = Path(args.output_dir)
     if args.replays:
         require_recorded(args, first=resume_point(args.load)[0].rollout_id)
-    checkpoint = local_model(args.hf_checkpoint)
-    args = replace(args, hf_checkpoint=str(checkpoint))
-    with Tracker(args) as tracker, Cluster(args) as cluster:
-        tracker.say(cluster.resources.describe())
-        tracker.trace.source = cluster.take_spans
-        with ExitStack() as stack:
+    args = with_local_models(args)
+    state, checkpoint = resume_point(args.load)
+    with Tracker(args) as tracker:
+        if args.eval_teacher and args.opd_teacher_load is not None and state.teacher is None:
+            state.teacher = tracker.log_eval(state.rollout_id, 0, evaluate_held_teacher(args), "teacher")
+        with Cluster(args) as cluster, ExitStack() as stack:
+            tracker.say(cluster.resources.describe())
+            tracker.trace.source = cluster.take_spans
             folder = None
             if args.weight_sync == "disk":
                 folder = stack.enter_context(
-                    create_weight_folder(output_dir, checkpoint, one_machine=cluster.one_machine)
+                    create_weight_folder(
+                        output_dir, Path(args.hf_checkpoint), one_machine=cluster.one_machine
+                    )
                 ).path
             rollouts, trainers = start(args, cluster, folder)
-            state = train(args, tracker, rollouts, trainers)
-        close_run(args, tracker, state, time.monotonic() - started)
+            train(args, tracker, rollouts, trainers, state, checkpoint)
+            close_run(args, tracker, state, time.monotonic() - started)
 
 
 def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[RolloutGroup, TrainGroup]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # batching builds micro-batches from samples; the protocol needs only the type
     from slime.backends.batching import MicroBatch
+    from slime.backends.scores import Scores
 
 Metrics = dict[str, float]
 ModelTag = Literal["student", "reference", "teacher"]
@@ -50,7 +51,10 @@ class LossInputs(Protocol):
         ...
 
     def top_ids(self, count: int) -> Tensor:
-        """Return the likeliest tokens of each position, int64 [P, count], likeliest first; no gradient."""
+        """Return the likeliest tokens of each position, int64 [P, count], likeliest first; no gradient.
+
+        Of a smaller vocabulary, all.
+        """
         ...
 
 
@@ -93,6 +97,14 @@ class TrainBackend(Protocol):
         self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
     ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, without gradient, on the CPU."""
+        ...
+
+    def score(self, micro_batches: Sequence[MicroBatch], model: ModelTag, top_k: int = 0) -> list[Scores]:
+        """Return, per micro-batch, what the model says of its responses, with its `top_k` likeliest tokens,
+        as many as there are tokens at most.
+
+        The distribution is the model's own: a teacher's is over all tokens, as a server's is.
+        """
         ...
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, local_model, resume_point
+from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, resume_point
 
 
 def _save(folder, rollout_id, **fields):
@@ -53,15 +51,3 @@ def test_saving_again_replaces(tmp_path):
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="--load"):
         resume_point(str(tmp_path))
-
-
-def test_a_model_is_a_folder_or_comes_from_the_hub(tmp_path, monkeypatch):
-    assert local_model(str(tmp_path)) == tmp_path
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: f"/cache/{name}")
-    assert local_model("Qwen/Qwen3-VL-4B-Thinking") == Path("/cache/Qwen/Qwen3-VL-4B-Thinking")
-
-
-@pytest.mark.parametrize("name", ["no/such/folder", "nobody/nothing"])
-def test_a_model_that_is_nowhere_is_named(name):
-    with pytest.raises(FileNotFoundError, match=f"--hf-checkpoint {name}"):
-        local_model(name)

@@ -135,7 +135,8 @@ def _run(args: _Args, rollouts_class: type[_Rollouts] = _Rollouts) -> tuple[list
     calls: list[str] = []
     tracker = _Tracker()
     rollouts, trainers = cast(Any, rollouts_class(calls)), cast(Any, _Trainers(calls))
-    state = loop.train(cast(Any, args), cast(Any, tracker), rollouts, trainers)
+    state, checkpoint = loop.resume_point(args.load)
+    loop.train(cast(Any, args), cast(Any, tracker), rollouts, trainers, state, checkpoint)
     return calls, tracker, state
 
 
@@ -266,7 +267,7 @@ def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():
         def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
             raise RuntimeError("the loss is no number")
 
-    parts = (AHEAD, _Tracker(), _Rollouts(calls), Failing(calls))
+    parts = (AHEAD, _Tracker(), _Rollouts(calls), Failing(calls), RunState(), None)
     with pytest.raises(RuntimeError, match="the loss is no number"):
         loop.train(*cast(Any, parts))
     assert calls[-2:] == ["generate 0", "order 1"]

@@ -20,6 +20,7 @@ from slime.backends.fsdp.model import PolicyModel, reshard
 from slime.backends.fsdp.optimizer import build_adamw, clip_by_norm, global_norm, local_gradients
 from slime.backends.parking import Parking
 from slime.backends.schedule import LearningRate
+from slime.backends.scores import Scores, scores_of
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -86,9 +87,15 @@ class FsdpBackend:
         self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
     ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, on the CPU."""
+        return [scores.log_probs for scores in self.score(micro_batches, model)]
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch], model: ModelTag, top_k: int = 0) -> list[Scores]:
+        """Return, per micro-batch, what the model says of its responses, on the CPU."""
         policy = self._model(model)
         return [
-            policy(batch.to(self._device), lambda outputs: outputs.log_probs).cpu() for batch in micro_batches
+            policy(batch.to(self._device), lambda outputs: scores_of(outputs, top_k))
+            for batch in micro_batches
         ]
 
     def _model(self, model: ModelTag) -> PolicyModel:

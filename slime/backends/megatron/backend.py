@@ -31,6 +31,7 @@ from slime.backends.megatron.parameters import Named, mark_shared, named_paramet
 from slime.backends.megatron.shape import read_config, require_declared, require_same_tokens, shape_of
 from slime.backends.parking import Parking
 from slime.backends.schedule import LearningRate
+from slime.backends.scores import Scores, scores_of
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -157,12 +158,16 @@ class MegatronBackend:
         self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
     ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, on the CPU."""
+        return [scores.log_probs for scores in self.score(micro_batches, model)]
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch], model: ModelTag, top_k: int = 0) -> list[Scores]:
+        """Return, per micro-batch, what the model says of its responses, on the CPU."""
         if not micro_batches:
             return []
 
-        def use(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            log_probs = outputs.log_probs
-            return log_probs.new_zeros(()), log_probs.cpu()
+        def use(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, Scores]:
+            return outputs.log_probs.new_zeros(()), scores_of(outputs, top_k)
 
         with self._machine(), self._asked(model) as policy:
             kept = self._run(policy, policy, micro_batches, use, forward_only=True)
