@@ -123,6 +123,10 @@ class Engine:
         info = self.ask("GET", "/server_info")[1]
         return info["running_requests"], info["waiting_requests"]
 
+    def held(self) -> int:
+        """How many requests wait for the end of a pause; only the transformers engine tells."""
+        return self.ask("GET", "/server_info")[1]["held_requests"]
+
 
 @dataclass
 class Running:
@@ -156,7 +160,11 @@ class Running:
         assert true(self.answer), f"{self.rid} ended before it was so that {what}: {self.answer}"
 
     def go_on(self) -> None:
-        """Return once it has tokens that it did not have; it must not have ended by itself."""
+        """Return once it has tokens of forwards that begin now; it must not have ended by itself."""
+        # What the stream shows can be older than this call. A request that comes now, and is answered with
+        # two tokens, shared a forward with this one.
+        params = {"max_new_tokens": 2, "ignore_eos": True, "logit_bias": NO_PADS}
+        self.engine.generate(input_ids=TEXT_PROMPT, sampling_params=params)
         count = self.count
         self.wait_for(lambda answer: answer["meta_info"]["completion_tokens"] > count, f"it has over {count}")
         assert not self.ended, self.answer
