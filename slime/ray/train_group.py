@@ -143,6 +143,10 @@ class TrainGroup:
         self._turns.to_training()
         self._everywhere("save", str(checkpoint.resolve() / TRAINER_FOLDER))
 
+    def outlive_engines(self) -> None:
+        """Take all memory: the engines have been ended, in whatever turn it was."""
+        self._turns.to_the_end()
+
     def load(self, checkpoint: Path) -> None:
         """Read what `save` wrote."""
         self._turns.to_training()
