@@ -27,7 +27,7 @@ from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
 from slime.ray.engine_group import EngineGroup, ExternalEngines
 from slime.ray.held_teacher import evaluate_held_teacher
-from slime.ray.interrupts import exit_status, ignore, listen
+from slime.ray.interrupts import exit_status, held, ignore, listen
 from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
@@ -56,18 +56,22 @@ def train(
         state.teacher = tracker.log_eval(state.rollout_id, trainers.step, rollouts.result(teacher), "teacher")
 
     supply = Supply(args, rollouts, trainers, tracker.trace)
-    saver = Saver(args, supply, trainers)
-    for rollout_id in range(state.rollout_id, args.num_rollout):
-        if eval_is_due(args, rollout_id):
-            evaluate(rollout_id, tracker, rollouts, trainers, state)
-        rollout = supply.take(rollout_id)
-        metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
-        supply.settle()
-        state.advance(tokens=int(metrics["response_tokens"]))
-        metrics |= saver.write(state)
-        metrics |= trainers.publish_weights(rollouts)
-        tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
-        saver.complete(state)
+    saver = Saver(args, trainers)
+    with saver.saving_at_a_signal(state, rollouts):
+        for rollout_id in range(state.rollout_id, args.num_rollout):
+            if eval_is_due(args, rollout_id):
+                evaluate(rollout_id, tracker, rollouts, trainers, state)
+            rollout = supply.take(rollout_id)
+            with held() as signals:  # from here to the end of the turn nothing is cut short but a rollout
+                metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
+                state.advance(int(metrics["response_tokens"]), supply.state_dict())
+                try:
+                    with signals.heeded():
+                        supply.settle()
+                    metrics |= saver.write(state) | trainers.publish_weights(rollouts)
+                finally:
+                    tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
+                saver.complete(state)
 
     if args.eval_sets:
         evaluate(state.rollout_id, tracker, rollouts, trainers, state)

@@ -39,7 +39,7 @@ class TrainGroup:
         """Steps whose weights have been compared."""
         self._probe: ray.ObjectRef | None = None
         self.step = 0
-        """Optimizer steps behind the published weights; as a string, their version."""
+        """Optimizer steps behind the weights; as a string, their version."""
         self._scheduling = _scheduling(cluster)
         self._actors = [
             cluster.start_actor(
@@ -107,6 +107,7 @@ class TrainGroup:
             actor.train.remote(rollout_id, shard) for actor, shard in zip(self._actors, shards, strict=True)
         ]
         metrics = self._cluster.wait(refs)[0]
+        self._count_steps()
         ended = time.perf_counter()
         times = {"perf/train_seconds": ended - begin, "perf/take_turn_seconds": begin - start}
         return metrics | compared | times
@@ -159,7 +160,7 @@ class TrainGroup:
 
     def _publish(self, rollouts: RolloutGroup) -> dict[str, float]:
         start = time.perf_counter()
-        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
+        self._count_steps()
         if not rollouts.has_engines:
             return {}
         version = str(self.step)
@@ -179,6 +180,9 @@ class TrainGroup:
             self._probed.add(self.step)
         # Sharing GPUs, the trainers compare when it is their turn again: the weights are still these.
         return metrics | (self._compare() if isinstance(self._turns, Apart) else {})
+
+    def _count_steps(self) -> None:
+        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
 
     def _probe_is_due(self) -> bool:
         when = self._args.check_weight_sync
