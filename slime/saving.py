@@ -96,4 +96,4 @@ class Saver:
 
 def is_due(interval: int | None, done: int, whole: int) -> bool:
     """Tell whether to write after `done` of `whole` rollouts: every `interval`, and after the last."""
-    return done == whole or (interval is not None and done % interval == 0)
+    return done == whole or (bool(interval) and done % interval == 0)
