@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,7 +220,7 @@ class MegatronBackend:
         schedule = get_forward_backward_func()
         return schedule(
             forward_step_func=step,
-            data_iterator=iter(self._rows(micro_batches, policy)),
+            data_iterator=self._rows(micro_batches, policy),
             model=[model],
             num_microbatches=len(micro_batches),
             seq_length=1,  # micro-batches say how long they are
@@ -227,21 +228,25 @@ class MegatronBackend:
             forward_only=forward_only,
         )
 
-    def _rows(self, batches: Sequence[MicroBatch], policy: PolicyModel) -> list[Step]:
-        """Lay the micro-batches out, as long on every rank as Megatron's way to the experts needs."""
+    def _rows(self, batches: Sequence[MicroBatch], policy: PolicyModel) -> Iterator[Step]:
+        """Lay the micro-batches out, as long on every rank as Megatron's way to the experts needs.
+
+        Each goes to the device when its turn comes, its pictures only where they are looked at.
+        """
         config = policy.config
         sharing = self._ranks.sharing
         tokens = [row_tokens(lengths_of(batch), sharing) for batch in batches]
         gathers = config.num_moe_experts is not None and config.moe_token_dispatcher_type == "allgather"
         if gathers and self._ranks.experts.size() > 1:
             tokens = self._ranks.longest(tokens, self._device)
-        return [
-            (
-                batch.to(self._device),
-                lay_out(batch, sharing, merge_size=policy.shape.merge_size, tokens=count).to(self._device),
-            )
-            for batch, count in zip(batches, tokens, strict=True)
-        ]
+
+        def steps() -> Iterator[Step]:
+            for batch, count in zip(batches, tokens, strict=True):
+                row = lay_out(batch, sharing, merge_size=policy.shape.merge_size, tokens=count)
+                seen = batch if self._ranks.is_first_stage else replace(batch, pictures=())
+                yield seen.to(self._device), row.to(self._device)
+
+        return steps()
 
     def _add_over_ranks(self, losses: Tensor, sums: Sequence[dict[str, Tensor]]) -> Metrics:
         """Return the totals over micro-batches and data-parallel ranks, which the last stage knows."""
