@@ -32,13 +32,14 @@ SIDES = ((64, 64), (96, 64), (64, 96))
 """Heights and widths of the pictures: multiples of 32, so no processor resizes them."""
 
 
-def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """Write a float32 Qwen3-VL with random weights."""
+def save_vision_model(folder: Path, *, tied: bool = True, ffn: int | None = None, seed: int = 0) -> Path:
+    """Write a float32 Qwen3-VL with random weights, its MLP as wide as the shipped ones' unless `ffn` says."""
     config = build_config(build_tokenizer())
     config.tie_word_embeddings = tied
     text = config.get_text_config()
     text.tie_word_embeddings = tied
     text.vocab_size = VOCABULARY
+    text.intermediate_size = ffn or text.intermediate_size
     torch.manual_seed(seed)
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
     save_processor(folder)

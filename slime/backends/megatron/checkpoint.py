@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slime.backends.megatron.export import Exporter
-from slime.backends.megatron.loading import Checkpoint
+from slime.backends.megatron.loading import Checkpoint, differences
 from slime.backends.megatron.optimizer_state import KINDS, OptimizerState
 from slime.backends.megatron.parameters import Named
 
@@ -36,10 +36,11 @@ def save_sharded(path: Path, exporter: Exporter, state: OptimizerState, steps: i
 
 
 def load_sharded(path: Path, parameters: Sequence[Named], state: OptimizerState) -> int:
-    """Read what `save_sharded` wrote under any parallelism; return the number of steps taken.
+    """Read what `save_sharded` wrote under any parallelism; return the number of steps taken. Collective.
 
     Raises:
         FileNotFoundError: no checkpoint lies at `path`.
+        ValueError: it is another model's.
     """
     if not (path / STEPS_FILE).is_file():
         raise FileNotFoundError(
@@ -49,6 +50,12 @@ def load_sharded(path: Path, parameters: Sequence[Named], state: OptimizerState)
     steps = int(json.loads((path / STEPS_FILE).read_text(encoding="utf-8"))["steps"])
     for kind in KINDS:
         checkpoint = Checkpoint(path / kind)
+        found = differences(parameters, checkpoint)
+        if found:
+            raise ValueError(
+                f"the checkpoint at {path} is not of the model that --hf-checkpoint names: {'; '.join(found)}. "
+                "Give --load a run of this model."
+            )
         for named in parameters:
             state.write(kind, named, _read(named, checkpoint), steps)
     return steps

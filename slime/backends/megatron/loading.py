@@ -6,6 +6,7 @@ No rank ever holds a tensor that is not its own, but for the block that is being
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import torch
@@ -73,20 +74,31 @@ def load_weights(parameters: Sequence[Named], checkpoint: Checkpoint, *, tied: b
         ValueError: a tensor is missing, has another shape than the config says, or belongs to no parameter of
             any rank.
     """
+    # A tied head is in some checkpoints and not in others.
+    found = differences(parameters, checkpoint, but={TIED_HEAD} if tied else set())
+    if found:
+        raise ValueError(f"the checkpoint is not what its config.json says: {'; '.join(found)}.")
+    for named in parameters:
+        fill(named, checkpoint)
+
+
+def differences(
+    parameters: Sequence[Named], checkpoint: Checkpoint, but: AbstractSet[str] = frozenset()
+) -> list[str]:
+    """Return, the same on every rank, where checkpoint and model differ, five things at most.
+
+    Tensors of `but` may belong to no parameter. Collective.
+    """
     problems = [problem for named in parameters for problem in _problems(named, checkpoint)]
     read = {source for named in parameters for source in named.weight.sources}
     everywhere: list[tuple[set[str], list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (read, problems))
     found = {problem for of_rank in everywhere if of_rank is not None for problem in of_rank[1]}
     used = {name for of_rank in everywhere if of_rank is not None for name in of_rank[0]}
-    # A tied head is in some checkpoints and not in others.
-    unused = checkpoint.names - used - ({TIED_HEAD} if tied else set())
+    unused = checkpoint.names - used - but
     if unused:
         found.add(f"{len(unused)} tensors belong to no parameter ({', '.join(sorted(unused)[:3])})")
-    if found:
-        raise ValueError(f"the checkpoint is not what its config.json says: {'; '.join(sorted(found)[:5])}.")
-    for named in parameters:
-        fill(named, checkpoint)
+    return sorted(found)[:5]
 
 
 def fill(named: Named, checkpoint: Checkpoint) -> None:

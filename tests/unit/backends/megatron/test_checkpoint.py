@@ -130,3 +130,13 @@ def test_a_folder_without_checkpoint_is_refused(models: dict[str, Path], tmp_pat
         pytest.raises(FileNotFoundError, match="--load takes"),
     ):
         backend.load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """One with more of everything, of which slices could be read."""
+    save, flags = tmp_path / "saved", (*FLAGS, *MEGATRON)
+    train(models["dense"], job(0, *MEGATRON, save=save))
+    smaller = save_vision_model(tmp_path / "smaller", ffn=16)
+    reason = r"not of the model .*: .*mlp\.gate_proj\.weight is \(128, 48\) and should be \(16, 48\)"
+    with joined_backend(make_args(smaller, *flags)) as backend, pytest.raises(ValueError, match=reason):
+        backend.load_checkpoint(save)
