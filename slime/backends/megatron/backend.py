@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slime.backends.base import LossFn, LossInputs, Metrics, ModelTag, NonFiniteError
 from slime.backends.batching import MicroBatch
-from slime.backends.megatron.checkpoint import load_sharded, save_sharded
+from slime.backends.megatron.checkpoint import load_masters, load_sharded, save_sharded
 from slime.backends.megatron.config import transformer_config
 from slime.backends.megatron.export import Exporter
 from slime.backends.megatron.held import HeldModel
@@ -72,7 +72,7 @@ class MegatronBackend:
             if args.opd_teacher_load is not None:
                 # Like a server's, the teacher's scores are over all tokens.
                 self._hold("teacher", args.opd_teacher_load, ())
-            student, parameters = self._load(args.hf_checkpoint, self._masked_ids)
+            student, parameters, stored = self._load(args.hf_checkpoint, self._masked_ids)
             if args.freeze_vision_tower and student.vision_model is not None:
                 student.vision_model.requires_grad_(False)
             self._student = student
@@ -80,6 +80,8 @@ class MegatronBackend:
             self._stepper = Stepper(args, self._ddp, self._dtype)
             self._parameters = parameters
             self._state = OptimizerState(self._stepper, parameters)
+            if self._dtype != torch.float32:
+                load_masters(stored, Checkpoint(args.hf_checkpoint), self._state)
             self._exporter = Exporter(parameters, student.shape, self._ranks, device)
         student.config.no_sync_func = self._ddp.no_sync
         # Losses are shares of a global mean: nothing is divided by a count of tokens afterwards.
@@ -118,11 +120,12 @@ class MegatronBackend:
 
     def _hold(self, tag: ModelTag, path: str, masked_ids: Sequence[int]) -> None:
         """Load a model that is only asked. Collective."""
-        model, _ = self._load(path, masked_ids)
+        model, _, _ = self._load(path, masked_ids)
         self._held[tag] = HeldModel(model, self._device)
 
-    def _load(self, path: str, masked_ids: Sequence[int]) -> tuple[PolicyModel, list[Named]]:
-        """Build a model and fill it from a checkpoint. Collective."""
+    def _load(self, path: str, masked_ids: Sequence[int]) -> tuple[PolicyModel, list[Named], list[Named]]:
+        """Build a model and fill it from a checkpoint; return with it its parameters as they are exported and
+        as this checkpoint has them. Collective."""
         hf_config = read_config(path)
         shape = shape_of(hf_config)
         config = transformer_config(
@@ -147,7 +150,7 @@ class MegatronBackend:
         if self._args.gradient_checkpointing and model.vision_model is not None:
             tower: Any = model.vision_model
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model, parameters
+        return model, parameters, stored
 
     @property
     def weight_version(self) -> int:

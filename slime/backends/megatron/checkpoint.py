@@ -61,6 +61,13 @@ def load_sharded(path: Path, parameters: Sequence[Named], state: OptimizerState)
     return steps
 
 
+def load_masters(parameters: Sequence[Named], checkpoint: Checkpoint, state: OptimizerState) -> None:
+    """Give the optimizer what the model's own precision has rounded away of float32 weights."""
+    for named in parameters:
+        if any(checkpoint.is_float32(source) for source in named.weight.sources):
+            state.write("master", named, _read(named, checkpoint), steps=0)
+
+
 def _read(named: Named, checkpoint: Checkpoint) -> Tensor:
     """Return this rank's slice of a parameter's state, float32; rows that stand for no token are zero."""
     value = torch.zeros(named.parameter.shape, dtype=torch.float32)

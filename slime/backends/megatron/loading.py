@@ -48,6 +48,10 @@ class Checkpoint:
         """Return a tensor's shape."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def is_float32(self, name: str) -> bool:
+        """Tell whether a tensor is of full precision."""
+        return self._files[name].get_slice(name).get_dtype() == "F32"
+
     def read(self, piece: Piece) -> Tensor:
         """Return a block, laid out like the rows that it fills."""
         lazy = self._files[piece.source].get_slice(piece.source)

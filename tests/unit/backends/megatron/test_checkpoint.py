@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("megatron.core")
 
@@ -122,6 +123,18 @@ def test_half_precision_keeps_its_master_weights(models: dict[str, Path], tmp_pa
     for name, weight in unbroken.weights.items():
         assert weight.dtype == torch.bfloat16
         assert torch.equal(outcome.weights[name], weight), name
+
+
+@pytest.mark.parametrize("sharded", [(), ZERO1], ids=["whole", "sharded"])
+def test_master_weights_are_the_checkpoints_own(
+    models: dict[str, Path], tmp_path: Path, sharded: tuple[str, ...]
+) -> None:
+    """Those of a float32 checkpoint are not rounded to the precision of the forward pass."""
+    train(models["mixture"], job(0, *MEGATRON, *BFLOAT16, *sharded, save=tmp_path))
+    masters = load_file(tmp_path / "master" / "00000.safetensors")
+    weights = load_file(models["mixture"] / "model.safetensors")
+    assert masters.keys() == weights.keys()
+    assert all(torch.equal(masters[name], weight) for name, weight in weights.items())
 
 
 def test_a_folder_without_checkpoint_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
