@@ -144,7 +144,7 @@ class MegatronBackend:
         mark_shared(parameters)
         checkpoint = Checkpoint(path)
         stored = named_parameters(
-            model, self._ranks, published_experts=publishes_experts(checkpoint, shape.hidden)
+            model, self._ranks, published_experts=publishes_experts(checkpoint, shape)
         )
         load_weights(stored, checkpoint, tied=shape.tied)
         if self._args.gradient_checkpointing and model.vision_model is not None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slime.backends.megatron.parameters import Named
+from slime.backends.megatron.shape import ModelShape
 from slime.backends.megatron.weights import Piece
 
 TIED_HEAD = "lm_head.weight"
@@ -62,11 +63,16 @@ class Checkpoint:
         return value.T if piece.transposed else value
 
 
-def publishes_experts(checkpoint: Checkpoint, hidden: int) -> bool:
-    """Tell whether fused experts are [experts, in, out], as published, or as transformers 5 saves them."""
+def publishes_experts(checkpoint: Checkpoint, shape: ModelShape) -> bool:
+    """Tell whether fused experts are [experts, in, out], as published, or as transformers 5 saves them.
+
+    Where one of the two tensors of a layer is as wide as it is high, the other one tells.
+    """
+    hidden, ffn = shape.hidden, shape.expert_ffn
+    telling, published = ("gate_up_proj", hidden) if hidden != 2 * ffn else ("down_proj", ffn)
     for name in sorted(checkpoint.names):
-        if name.endswith("mlp.experts.gate_up_proj"):
-            return checkpoint.size(name)[1] == hidden
+        if name.endswith(f"mlp.experts.{telling}"):
+            return checkpoint.size(name)[1] == published
     return True
 
 
