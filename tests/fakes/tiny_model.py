@@ -33,7 +33,7 @@ SIDES = ((64, 64), (96, 64), (64, 96))
 
 
 def save_vision_model(folder: Path, *, tied: bool = True, ffn: int | None = None, seed: int = 0) -> Path:
-    """Write a float32 Qwen3-VL with random weights, its MLP as wide as the shipped ones' unless `ffn` says."""
+    """Write a float32 Qwen3-VL with random weights, its MLP as wide as the shipped ones' or `ffn`."""
     config = build_config(build_tokenizer())
     config.tie_word_embeddings = tied
     text = config.get_text_config()

@@ -143,9 +143,7 @@ class MegatronBackend:
         parameters = named_parameters(model, self._ranks)
         mark_shared(parameters)
         checkpoint = Checkpoint(path)
-        stored = named_parameters(
-            model, self._ranks, published_experts=publishes_experts(checkpoint, shape)
-        )
+        stored = named_parameters(model, self._ranks, published_experts=publishes_experts(checkpoint, shape))
         load_weights(stored, checkpoint, tied=shape.tied)
         if self._args.gradient_checkpointing and model.vision_model is not None:
             tower: Any = model.vision_model

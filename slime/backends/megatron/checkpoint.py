@@ -53,8 +53,8 @@ def load_sharded(path: Path, parameters: Sequence[Named], state: OptimizerState)
         found = differences(parameters, checkpoint)
         if found:
             raise ValueError(
-                f"the checkpoint at {path} is not of the model that --hf-checkpoint names: {'; '.join(found)}. "
-                "Give --load a run of this model."
+                f"the checkpoint at {path} is not of the model that --hf-checkpoint names: "
+                f"{'; '.join(found)}. Give --load a run of this model."
             )
         for named in parameters:
             state.write(kind, named, _read(named, checkpoint), steps)

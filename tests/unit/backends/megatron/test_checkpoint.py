@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,26 @@ def test_the_comparison_can_see(models: dict[str, Path], whole: dict[str, Outcom
     fresh = train(models["dense"], job(1, *MEGATRON))
     assert fresh.metrics[-1]["lr"] != whole["dense"].metrics[-1]["lr"]
     assert abs(fresh.metrics[-1]["loss"] - whole["dense"].metrics[-1]["loss"]) > 1e-2
+
+
+def test_a_run_goes_on_in_the_fused_kernel(
+    models: dict[str, Path], whole: dict[str, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU without TransformerEngine has; its step counts are elsewhere."""
+    stepped: list[bool] = []
+    module: Any = import_module("torch.optim.adam")
+    kernel = module.adam
+
+    def adam(*arguments: Any, **settings: Any) -> None:
+        stepped.append(bool(settings["fused"]))
+        kernel(*arguments, **settings)
+
+    monkeypatch.setattr(module, "adam", adam)
+    monkeypatch.setattr("slime.backends.megatron.optimizer.fuses", lambda _: True)
+    train(models["dense"], job(2, *MEGATRON, save=tmp_path))
+    assert_goes_on(train(models["dense"], job(1, *MEGATRON, load=tmp_path)), whole["dense"])
+    assert stepped
+    assert all(stepped)
 
 
 def test_half_precision_keeps_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
