@@ -27,10 +27,11 @@ MAX_FILE_BYTES = 2 * 2**30
 
 
 def save_sharded(path: Path, exporter: Exporter, state: OptimizerState, steps: int) -> None:
-    """Write weights, Adam's means and the number of steps taken below `path`. Collective; rank 0 writes."""
+    """Write weights, Adam's means and the number of steps taken below `path`. Collective; all ranks write."""
     for kind in KINDS:
         _write(path / kind, exporter.export(torch.float32, partial(state.read, kind)))
-    if dist.get_rank() == 0:
+    dist.barrier()
+    if dist.get_rank() == 0:  # says that the rest is complete
         (path / STEPS_FILE).write_text(json.dumps({"steps": steps}), encoding="utf-8")
     dist.barrier()
 
@@ -77,19 +78,20 @@ def _read(named: Named, checkpoint: Checkpoint) -> Tensor:
 
 
 def _write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Stream tensors into files of a bounded size; every rank goes through all of them."""
-    writes = dist.get_rank() == 0
-    if writes:
-        folder.mkdir(parents=True)
+    """Stream tensors into files of a bounded size. Every rank goes through all and writes its share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, loads = dist.get_rank(), [0] * dist.get_world_size()
     held: dict[str, Tensor] = {}
     files = size = 0
     for name, tensor in tensors:
-        if not writes:
+        writer = loads.index(min(loads))  # the same on every rank
+        loads[writer] += tensor.nbytes
+        if writer != rank:
             continue
         if held and size + tensor.nbytes > MAX_FILE_BYTES:
-            save_file(held, folder / f"{files:05d}.safetensors")
+            save_file(held, folder / f"{rank:05d}-{files:05d}.safetensors")
             held, size, files = {}, 0, files + 1
         held[name] = tensor.cpu().contiguous()
         size += tensor.nbytes
-    if writes:
-        save_file(held, folder / f"{files:05d}.safetensors")
+    if held:
+        save_file(held, folder / f"{rank:05d}-{files:05d}.safetensors")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("megatron.core")
 
+from slime.backends.megatron.optimizer_state import KINDS
 from tests.fakes.tiny_model import make_samples, save_mixture_model, save_vision_model
 from tests.fakes.training import (
     DISTILL,
@@ -103,6 +104,17 @@ def test_a_run_goes_on_under_another_parallelism(
 
 @pytest.mark.parametrize("name", RESHARDED)
 @pytest.mark.usefixtures("resumed")
+def test_ranks_share_the_writing(models: dict[str, Path], saved: Path, name: str) -> None:
+    whole = load_file(models[RESHARDED[name][0]] / "model.safetensors")
+    for kind in KINDS:
+        parts = [load_file(path) for path in sorted((saved / name / kind).iterdir())]
+        first, second = (sum(tensor.nbytes for tensor in part.values()) for part in parts)
+        assert abs(first - second) <= max(tensor.nbytes for tensor in whole.values()) * 2
+        assert sorted(source for part in parts for source in part) == sorted(whole)
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+@pytest.mark.usefixtures("resumed")
 def test_a_run_goes_on_on_one_rank(
     models: dict[str, Path], whole: dict[str, Outcome], saved: Path, name: str
 ) -> None:
@@ -153,7 +165,7 @@ def test_master_weights_are_the_checkpoints_own(
 ) -> None:
     """Those of a float32 checkpoint are not rounded to the precision of the forward pass."""
     train(models["mixture"], job(0, *MEGATRON, *BFLOAT16, *sharded, save=tmp_path))
-    masters = load_file(tmp_path / "master" / "00000.safetensors")
+    masters = load_file(tmp_path / "master" / "00000-00000.safetensors")
     weights = load_file(models["mixture"] / "model.safetensors")
     assert masters.keys() == weights.keys()
     assert all(torch.equal(masters[name], weight) for name, weight in weights.items())
