@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
@@ -102,21 +104,26 @@ def save_upcycled_student(folder: Path, *, experts: int = 4) -> Path:
     return folder
 
 
-def save_text_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a float32 Qwen3 with random weights and the tiny tokenizer."""
+def save_text_model(folder: Path, *, experts: int = 0, seed: int = 0) -> Path:
+    """Write a float32 Qwen3 with random weights and the tiny tokenizer; with `experts` a mixture of them."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-    )
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    }
+    if experts:
+        chosen = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **chosen, moe_intermediate_size=20))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.float().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 
