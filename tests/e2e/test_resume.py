@@ -22,7 +22,10 @@ from tests.fakes.jobs import arguments, running, start_teacher
 
 pytestmark = pytest.mark.timeout(900)
 ROLLOUTS, SAVED = 4, 2
-FLAGS = ("--deterministic-rollout", "--eval-interval", "2", "--save-interval", "2", "--save-keep", "0")
+FLAGS = (
+    *("--deterministic-rollout", "--eval-interval", "2"),
+    *("--save-interval", "2", "--save-keep", "0", "--save-hf-interval", "0"),
+)
 # Where Adam divides by next to nothing, rounding decides which way a weight goes.
 DAMPED = ("--adam-eps", "1e-3")
 TWO_RANKS = ("--actor-num-gpus-per-node", "2")
@@ -30,6 +33,7 @@ MEGATRON = ("--train-backend", "megatron")
 OF_THE_PROCESS = ("perf/", "data/picture", "sync/")
 """Metrics of what a process does: how long it takes, what it has seen before, that it checks its first
 weights."""
+EXPORT = f"checkpoints/hf/rollout-{ROLLOUTS:06d}/model.safetensors"
 OF_THE_ENGINE = "train_rollout_logprob_abs_diff"
 Start = Callable[..., Path]
 
@@ -118,6 +122,9 @@ def assert_the_same_run(resumed: Path, whole: Path, scratch: Path) -> None:
     ours, theirs = trained(resumed, scratch), trained(whole, scratch)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    exported = [load_file(folder / EXPORT) for folder in (resumed, whole)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(tensor, exported[1][name]) for name, tensor in exported[0].items())
     assert_same_prompts(resumed, whole)
     assert_same_metrics(resumed, whole)
     last = [json.loads((folder / "summary.json").read_text()) for folder in (resumed, whole)]
