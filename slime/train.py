@@ -32,7 +32,7 @@ from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
-from slime.saving import Saver
+from slime.saving import SaveError, Saver
 from slime.supply import Supply
 from slime.weight_sync.probe import WeightMismatchError
 from slime.weight_sync.store import create_weight_folder
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
-    except (ActorError, CheckpointError, RecordingError, WeightMismatchError) as error:
+    except (ActorError, CheckpointError, RecordingError, SaveError, WeightMismatchError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

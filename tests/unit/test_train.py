@@ -268,15 +268,14 @@ def test_a_signal_drops_the_rollout_ahead(tmp_path, stage: str):
     assert (point.state.rollout_id, point.state.data) == (2, {"position": 2})
 
 
-@pytest.mark.parametrize(
-    ("stage", "flags"),
-    [
-        ("generate 1", {}),
-        ("generate 0", {"save": "folder"}),
-        ("generate 1", {"save": "f", "save_interval": 1}),
-    ],
-    ids=["nowhere to save", "nothing to save", "all saved"],
-)
+AT_ONCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "nowhere to save": ("generate 1", {}),
+    "nothing to save": ("generate 0", {"save": "folder"}),
+    "all saved": ("generate 1", {"save": "folder", "save_interval": 1}),
+}
+
+
+@pytest.mark.parametrize(("stage", "flags"), AT_ONCE.values(), ids=AT_ONCE)
 def test_a_signal_with_nothing_to_save_ends_at_once(tmp_path, monkeypatch, stage: str, flags: dict[str, Any]):
     monkeypatch.chdir(tmp_path)
     calls, _ = _signalled(stage, _Args(**flags))
