@@ -179,7 +179,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_as_if_nothing_had_been(
     said = console(folder)
     assert "rollout-000004: its file trainer/.metadata is not there" in said
     assert f"Resuming from {checkpoint(folder, SAVED)} (rollout 2 of 4)." in said
-    assert f"metrics.jsonl: 4 lines are of rollout {SAVED} or later and come again" in said
+    assert f"metrics.jsonl: what it had of rollout {SAVED} and later ones comes again (4 lines" in said
     assert_the_same_run(folder, whole, tmp_path)
     dropped = (folder / "metrics.dropped.jsonl").read_text().splitlines()
     assert dropped == (whole / "metrics.jsonl").read_text().splitlines()[3:]
