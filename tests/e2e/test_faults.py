@@ -1,5 +1,5 @@
-"""Real faults in the running job: a teacher that hangs or talks nonsense, a killed worker, a full disk, a kill
-in the middle of a save, a signal to the launcher. What is trained is kept, and what is wrong is said."""
+"""Real faults in the running job: a teacher that hangs or talks nonsense, a killed worker, a full disk, a
+kill in the middle of a save, a signal to the launcher. What is trained is kept, and what is wrong is said."""
 
 from __future__ import annotations
 
