@@ -40,10 +40,15 @@ def write_data(
     return paths
 
 
-def start_teacher(log_path: Path) -> ServerProcess:
-    """Start the tiny teacher and wait for it."""
+def start_teacher(log_path: Path, *flags: str) -> ServerProcess:
+    """Start the tiny teacher, with more flags, and wait for it."""
     server = start_server(
-        "transformers", str(checkpoint_path("teacher")), free_port(), log_path, role="teacher"
+        "transformers",
+        str(checkpoint_path("teacher")),
+        free_port(),
+        log_path,
+        role="teacher",
+        extra_args=flags,
     )
     server.wait_ready(START_SECONDS)
     return server
