@@ -170,7 +170,7 @@ def jobs_of(cases: dict[str, Case], models: dict[str, Path]) -> dict[str, Job]:
 
 
 def run(jobs: dict[str, Job], folder: Path, ranks: int) -> dict[str, list[Outcome]]:
-    outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks, timeout=280)
+    outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks)
     return dict(zip(jobs, outcomes, strict=True))
 
 
