@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ def find_checkpoint(load: Path) -> Path:
         f"--load {load}: neither a checkpoint (a folder with {STATE_FILE}) nor a folder of checkpoints with "
         f"{LATEST_FILE}. Give what an earlier run got as --save, or drop --load."
     )
+
+
+def newest_checkpoint(save: str | None, load: str | None) -> Path | None:
+    """Return the checkpoint that a run would go on from: its own newest, or what it began with; None without
+    either."""
+    for folder in (save, load):
+        with suppress(FileNotFoundError):
+            if folder is not None:
+                return find_checkpoint(Path(folder))
+    return None
 
 
 def read_state(checkpoint: Path) -> RunState:

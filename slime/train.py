@@ -15,7 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from slime.arguments import Args, format_args, parse_args
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, local_model, resume_point
+from slime.checkpoints import (
+    RunState,
+    begin_checkpoint,
+    finish_checkpoint,
+    local_model,
+    newest_checkpoint,
+    resume_point,
+)
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
@@ -25,6 +32,7 @@ from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
+from slime.skipping.account import TrainingStuckError
 from slime.supply import Supply
 from slime.weight_sync.probe import WeightMismatchError
 from slime.weight_sync.store import create_weight_folder
@@ -52,6 +60,7 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
         rollout = supply.take(rollout_id)
         metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
         supply.settle()
+        require_progress(args, tracker, rollout_id, trainers, metrics)
         state.advance(tokens=int(metrics["response_tokens"]))
         if save_is_due(args, state.rollout_id):
             metrics |= save(args, supply, trainers, state)
@@ -62,6 +71,21 @@ def train(args: Args, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainG
         evaluate(args.num_rollout, tracker, rollouts, trainers, state)
     trainers.finish()
     return state
+
+
+def require_progress(
+    args: Args, tracker: Tracker, rollout_id: int, trainers: TrainGroup, metrics: dict[str, float]
+) -> None:
+    """Say which optimizer steps of the rollout were skipped.
+
+    Raises:
+        TrainingStuckError: too many in a row. The rollout's metrics are recorded, nothing is saved.
+    """
+    for step in trainers.skips.latest:
+        tracker.say(f"Warning: an optimizer step was skipped. {step}")
+    if trainers.skips.too_many:
+        tracker.log(rollout_id, trainers.step, metrics)
+        raise trainers.skips.stuck(newest_checkpoint(args.save, args.load))
 
 
 def evaluate(
@@ -139,7 +163,8 @@ def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[Rol
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, print the configuration, run.
 
-    Return 1 if an actor failed or a recorded rollout is not there, and 130 or 143 after SIGINT or SIGTERM.
+    Return 1 if an actor failed, a recorded rollout is not there or training is stuck, and 130 or 143 after
+    SIGINT or SIGTERM.
     """
     args = parse_args(None if argv is None else list(argv))
     listen()
@@ -151,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
-    except (ActorError, RecordingError, WeightMismatchError) as error:
+    except (ActorError, RecordingError, TrainingStuckError, WeightMismatchError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

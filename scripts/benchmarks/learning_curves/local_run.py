@@ -33,6 +33,7 @@ from slime.engines.process import free_port
 from slime.metrics.tracker import Tracker
 from slime.ray.rollout_actor import RolloutResult, Who
 from slime.rollout.manager import RolloutManager
+from slime.skipping.account import SkipAccount
 from slime.train import train
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -118,6 +119,7 @@ class LocalTrainers:
         self._args = args
         self._engines = [EngineMember(url=engine_url)]
         self.step = 0
+        self.skips = SkipAccount(args.max_skipped_steps)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_RANK="0")
         processor = load_processor(args.hf_checkpoint)
         masked = never_sampled(processor.tokenizer, model_facts(args.hf_checkpoint).vocab_size)
@@ -132,6 +134,7 @@ class LocalTrainers:
         """Take the optimizer steps of one rollout."""
         start = time.perf_counter()
         metrics = self._trainer.train(rollout_id, shards[0])
+        self.skips.enter(len(shards[0].steps), self._trainer.skipped)
         return metrics | {"perf/train_seconds": time.perf_counter() - start}
 
     def publish_weights(self, rollouts: LocalRollouts) -> dict[str, float]:
