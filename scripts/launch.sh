@@ -21,7 +21,7 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/lib.sh"
 : "${SLIME_SCRIPT_NUM_GPUS_PER_ENGINE:=1}"       # tensor parallelism of each of the student's engines
 : "${SLIME_SCRIPT_ENGINE:=}"                     # sglang or transformers; empty: as the placement says
 : "${SLIME_SCRIPT_COLOCATE:=}"                  # 1: training and generation take turns on the student's GPUs; empty: as the placement says
-: "${SLIME_SCRIPT_TRAIN_BACKEND:=fsdp}"
+: "${SLIME_SCRIPT_TRAIN_BACKEND:=$([ "$SLIME_SCRIPT_NUM_GPUS" = 0 ] && echo fsdp || echo megatron)}"
 : "${SLIME_SCRIPT_EXTERNAL_RAY:=0}"              # 1: use the Ray cluster that is there
 : "${SLIME_SCRIPT_MODEL_DIR:=$HOME/models}"
 : "${SLIME_SCRIPT_DATA_DIR:=$HOME/datasets}"

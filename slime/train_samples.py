@@ -150,8 +150,8 @@ def _teacher_parts(args: Args, sample: Sample, mask: Tensor) -> dict[str, Tensor
     parts: dict[str, Tensor | None] = {"teacher_log_probs": None}  # a teacher in the trainer scores there
     if args.opd_type == "sglang":
         parts = {"teacher_log_probs": _log_probs(sample, "teacher_log_probs", mask)}
-    if args.opd_top_k > 0:
-        parts |= _top_k(args, sample, mask)
+        if args.opd_top_k > 0:
+            parts |= _top_k(args, sample, mask)
     if args.opd_gate != "all":
         solved = _number(sample, "task_reward") >= SOLVED
         parts["distill_mask"] = mask * (solved == (args.opd_gate == "right"))

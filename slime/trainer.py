@@ -25,11 +25,7 @@ from slime.skipping.verdict import refusal
 if TYPE_CHECKING:
     from slime.arguments import Args
 
-MODEL_OF: dict[str, ModelTag] = {
-    "old_log_probs": "student",
-    "reference_log_probs": "reference",
-    "teacher_log_probs": "teacher",
-}
+MODEL_OF: dict[str, ModelTag] = {"old_log_probs": "student", "reference_log_probs": "reference"}
 """Whose log-probs a field of the micro-batch is made of by a pass of the trainer."""
 
 __all__ = ["TrainShard", "Trainer", "build_shards"]
@@ -73,7 +69,7 @@ class Trainer:
         if self._args.kl_loss_coef > 0:
             steps = [self._with_log_probs(batches, "reference_log_probs") for batches in steps]
         if self._args.opd_type == "megatron":
-            steps = [self._with_log_probs(batches, "teacher_log_probs") for batches in steps]
+            steps = [self._with_teacher(batches) for batches in steps]
         coef = self._opd_kl_coef(rollout_id)
         self.skipped = []
         taken: list[Metrics] = []
@@ -125,6 +121,20 @@ class Trainer:
         """Return the micro-batches with the log-probs that one more forward pass gives."""
         log_probs = self._backend.compute_log_probs(batches, MODEL_OF[name])
         return [replace(batch, **{name: values}) for batch, values in zip(batches, log_probs, strict=True)]
+
+    def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Return the micro-batches with what the teacher that the trainer holds says of their responses."""
+        scored = self._backend.score(batches, "teacher", self._args.opd_top_k)
+        return [
+            replace(
+                batch,
+                teacher_log_probs=scores.log_probs,
+                teacher_top_ids=scores.top_ids,
+                teacher_top_log_probs=scores.top_log_probs,
+                teacher_tail_mass=scores.tail_mass,
+            )
+            for batch, scores in zip(batches, scored, strict=True)
+        ]
 
     def _opd_kl_coef(self, rollout_id: int) -> float:
         """Return the weight of the teacher's stream in this rollout."""

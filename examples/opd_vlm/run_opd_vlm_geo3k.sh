@@ -71,7 +71,7 @@ build_train_args() {
   )
   if [ "$SLIME_SCRIPT_OPD_TYPE" = megatron ]; then
     resolve_model SLIME_SCRIPT_TEACHER_MODEL
-    TEACHER_ARGS=(--opd-teacher-load "$MODEL")
+    TEACHER_ARGS=(--opd-teacher-load "$MODEL" --eval-teacher)
   else
     TEACHER_ARGS=(
       --rm-url "$RM_URL"

@@ -44,15 +44,15 @@ def _distillation(args: Args) -> Iterator[str]:
             "--eval-teacher asks one teacher all questions, and --opd-teachers names several. Drop "
             "--eval-teacher."
         )
-    if args.opd_top_k > 0 and not (args.use_opd and args.opd_type == "sglang"):
+    if args.opd_top_k > 0 and not args.use_opd:
         yield (
-            f"--opd-top-k {args.opd_top_k} asks a teacher's server for more, and there is none. Add "
-            "--use-opd --opd-type sglang --rm-url URL, or drop it."
+            f"--opd-top-k {args.opd_top_k} asks a teacher for more, and there is none. Add --use-opd "
+            "--opd-type sglang --rm-url URL, or drop it."
         )
-    if args.eval_teacher and args.rm_url is None:
+    if args.eval_teacher and args.rm_url is None and args.opd_teacher_load is None:
         yield (
-            "--eval-teacher asks the teacher's server, and no --rm-url names it. Add --rm-url or drop "
-            "--eval-teacher."
+            "--eval-teacher asks the teacher, and neither --rm-url names its server nor --opd-teacher-load "
+            "its checkpoint. Add one of them or drop --eval-teacher."
         )
 
 

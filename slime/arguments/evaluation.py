@@ -32,7 +32,11 @@ class EvaluationArgs:
         at_least=1,
     )
     eval_temperature: float = flag(0.0, help="Sampling temperature in evaluation; 0 is greedy.", at_least=0)
-    eval_teacher: bool = flag(False, help="Let the teacher at --rm-url answer the evaluation sets once.")
+    eval_teacher: bool = flag(
+        False,
+        help="Let the teacher answer the evaluation sets once: its server at --rm-url, or engines that serve "
+        "--opd-teacher-load for this alone, before the run begins.",
+    )
     eval_blank_images: bool = flag(False, help="Diagnosis: evaluate with every picture blank.")
     skip_eval_before_train: bool = flag(False, help="Do not evaluate before the first rollout.")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # batching builds micro-batches from samples; the protocol needs only the type
     from slime.backends.batching import MicroBatch
+    from slime.backends.scores import Scores
 
 Metrics = dict[str, float]
 ModelTag = Literal["student", "reference", "teacher"]
@@ -51,7 +52,10 @@ class LossInputs(Protocol):
         ...
 
     def top_ids(self, count: int) -> Tensor:
-        """Return the likeliest tokens of each position, int64 [P, count], likeliest first; no gradient."""
+        """Return the likeliest tokens of each position, int64 [P, count], likeliest first; no gradient.
+
+        Of a smaller vocabulary, all.
+        """
         ...
 
 
@@ -96,6 +100,14 @@ class TrainBackend(Protocol):
         """Return, per micro-batch, the log-probs [P] of its response tokens, without gradient, on the CPU."""
         ...
 
+    def score(self, micro_batches: Sequence[MicroBatch], model: ModelTag, top_k: int = 0) -> list[Scores]:
+        """Return, per micro-batch, what the model says of its responses, with its `top_k` likeliest tokens,
+        as many as there are tokens at most.
+
+        The distribution is the model's own: a teacher's is over all tokens, as a server's is.
+        """
+        ...
+
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:
         """Accumulate the gradients of all micro-batches of one optimizer step.
 
@@ -134,11 +146,12 @@ class TrainBackend(Protocol):
         ...
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write model, optimizer and schedule below `path`."""
+        """Write model, optimizer, schedule and this rank's random generators below `path`, onto the disk."""
         ...
 
     def load_checkpoint(self, path: Path) -> None:
-        """Read what `save_checkpoint` wrote, under any number of ranks."""
+        """Read what `save_checkpoint` wrote, under any number of ranks. Under another one than wrote it, the
+        generators are seeded anew."""
         ...
 
     def close(self) -> None:

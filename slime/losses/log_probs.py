@@ -82,8 +82,9 @@ def chunked_log_probs(
 def chunked_top_ids(
     hidden: Tensor, head: Tensor, count: int, chunk_size: int = 1024, masked_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the likeliest tokens, int64 [P, count], likeliest first; arguments as `chunked_log_probs` has
-    them."""
+    """Return the likeliest tokens, int64 [P, count], likeliest first, or all V where `count` is above that;
+    arguments as `chunked_log_probs` has them."""
+    count = min(count, head.shape[0])
     chunks = [_logits(rows, head, masked_ids).topk(count, dim=1).indices for rows in hidden.split(chunk_size)]
     return torch.cat(chunks)
 

@@ -44,6 +44,24 @@ def shielded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Let a signal wait until the block has ended: what is in it happens whole, or not at all."""
+    arrived: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
 def exit_status() -> int:
     """Return what the process ends with after a KeyboardInterrupt: 128 and the number of the first signal."""
     return 128 + (_arrived[0] if _arrived else signal.SIGINT)

@@ -149,9 +149,18 @@ class TrainGroup:
             self._compare()
 
     def save(self, checkpoint: Path) -> None:
-        """Write model, optimizer and schedule into the folder of a checkpoint."""
+        """Write model, optimizer, schedule and generators into the folder of a checkpoint."""
         self._turns.to_training()
         self._everywhere("save", str(checkpoint.resolve() / TRAINER_FOLDER))
+
+    def export(self, folder: Path) -> None:
+        """Write the weights into an empty folder as Hugging Face's libraries load them."""
+        self._turns.to_training()
+        self._everywhere("export", str(folder.resolve()))
+
+    def outlive_engines(self) -> None:
+        """Take all memory: the engines have been ended, in whatever turn it was."""
+        self._turns.to_the_end()
 
     def load(self, checkpoint: Path) -> None:
         """Read what `save` wrote."""

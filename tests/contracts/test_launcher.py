@@ -47,7 +47,7 @@ def test_the_gpus_are_split_between_teacher_and_student(
     assert words[words.index("--tp") + 1] == str(tp)
     assert launched.variables(TRAIN)["CUDA_VISIBLE_DEVICES"] == listed(*student)
     assert (args.actor_num_gpus_per_node, args.rollout_num_gpus) == (actors, rollout)
-    assert (args.engine, args.precision, args.train_backend) == ("sglang", "bfloat16", "fsdp")
+    assert (args.engine, args.precision, args.train_backend) == ("sglang", "bfloat16", "megatron")
     assert (args.colocate, args.weight_sync) == (True, "tensor")
 
 

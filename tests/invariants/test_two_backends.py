@@ -80,6 +80,11 @@ class Case:
         return Job(flags, drawn, pictures, model=folder, masked_ids=MASKED, keep_loaded=True)
 
 
+TAUGHT = {
+    "inner teacher": ("--opd-kl-clip", "9"),
+    "inner teacher, top-k": ("--opd-loss", "topk", "--opd-top-k", "5", "--opd-divergence", "jsd"),
+    "inner teacher, whole vocabulary": ("--opd-loss", "topk", "--opd-top-k", "1000"),
+}
 SPLIT = ("--use-dynamic-batch-size", "--max-tokens-per-gpu", "45")
 CASES = {
     "tensor and sequence": Case("dense", "sampled", (*TP2, *SP)),
@@ -139,7 +144,8 @@ def two_ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     weights = load_file(broken / "model.safetensors")
     weights["model.language_model.norm.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    jobs["inner teacher"] = taught_job(models, *INNER_TEACHER, str(models["mixture"]), *TP2, *SP, *EP2)
+    for name, signal in TAUGHT.items():
+        jobs[name] = taught_job(models, *INNER_TEACHER, str(models["mixture"]), *signal, *TP2, *SP, *EP2)
     jobs |= jobs_of({"not finite": Case("broken", "topk", PP2)}, {"broken": broken})
     return run(jobs, tmp_path_factory.mktemp("ranks"), 2)
 
@@ -156,9 +162,9 @@ def run(jobs: dict[str, Job], folder: Path, ranks: int) -> dict[str, list[Outcom
 
 
 def taught_job(models: dict[str, Path], *flags: str) -> Job:
-    """A dense student that learns from a mixture of experts, pure distillation on sampled tokens."""
+    """A dense student that learns from a mixture of experts, pure distillation."""
     samples, pictures = make_samples(8)
-    more = (*LINEAR_STEP, *SPLIT, "--opd-kl-clip", "9", "--calculate-per-token-loss")
+    more = (*LINEAR_STEP, *SPLIT, "--calculate-per-token-loss")
     return Job((*flags, *more), samples, pictures, model=models["dense"], masked_ids=MASKED)
 
 
@@ -213,20 +219,23 @@ def test_a_checkpoint_leaves_as_it_came(
             assert torch.equal(outcome.loaded[source], tensor.float()), source
 
 
+@pytest.mark.parametrize("name", TAUGHT)
 def test_a_teacher_in_the_trainer_says_what_a_served_one_does(
-    models: dict[str, Path], two_ranks: dict[str, list[Outcome]]
+    models: dict[str, Path], two_ranks: dict[str, list[Outcome]], name: str
 ) -> None:
     """A mixture of experts, shared by tensor and expert parallelism, teaches a dense student without server;
     its scores are over all tokens, those that are never sampled among them."""
-    job = taught_job(models, *DISTILL)
+    job = taught_job(models, *DISTILL, *TAUGHT[name])
     args = make_args(models["mixture"], *DISTILL)
     builder = MicroBatchBuilder(load_processor(models["mixture"]), job.pictures)
     with joined_backend(args) as teacher:
         for sample in job.samples:
             shard = build_shards(args, [sample], job.pictures, 1, 0)[0]
-            (sample.teacher_log_probs,) = teacher.compute_log_probs([builder.build(shard.samples)])
+            (scores,) = teacher.score([builder.build(shard.samples)], "student", 1000)
+            sample.teacher_log_probs, sample.teacher_tail_mass = scores.log_probs, scores.tail_mass
+            sample.teacher_top_ids, sample.teacher_top_log_probs = scores.top_ids, scores.top_log_probs
     served = train(Path("unused"), job)
-    for outcome in two_ranks["inner teacher"]:
+    for outcome in two_ranks[name]:
         assert_same(outcome, served)
     assert served.metrics[0]["opd_reverse_kl"] > 0.01
 

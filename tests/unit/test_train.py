@@ -12,11 +12,12 @@ from typing import Any, cast
 import pytest
 
 from slime import train as loop
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
+from slime.checkpoints import Maker, RunState, begin_checkpoint, finish_checkpoint, resume_point
 from slime.metrics.trace import Span
 from slime.ray.cluster import EnginesLost
 from slime.ray.rollout_actor import RolloutResult
 from slime.skipping.account import SkipAccount, SkippedStep, TrainingStuckError
+from slime.tiny.paths import checkpoint_path
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class _Args:
     load: str | None = None
     save: str | None = None
     save_interval: int | None = None
+    save_keep: int = 0
+    save_hf_interval: int | None = None
+    hf_checkpoint: str = str(checkpoint_path("student"))
+    train_backend: str = "fsdp"
+    num_train_ranks: int = 1
     async_rollout: bool = False
     max_skipped_steps: int = 2
 
@@ -118,6 +124,9 @@ class _Trainers:
     def save(self, checkpoint: Any) -> None:
         self.calls.append(f"save {checkpoint.name}")
 
+    def export(self, folder: Any) -> None:
+        self.calls.append(f"export {folder.name}")
+
     def load(self, checkpoint: Any) -> None:
         self.calls.append(f"load {checkpoint.name}")
 
@@ -146,6 +155,7 @@ class _Tracker:
         return metrics["eval/accuracy"]
 
 
+MAKER = Maker(train_backend="fsdp", num_train_ranks=1, model={})
 WAITS = ("perf/step_seconds", "perf/wait_for_rollout_seconds", "perf/wait_for_train_seconds")
 
 
@@ -160,7 +170,7 @@ def _run(
         cast(Any, rollouts_class(calls)),
         cast(Any, trainers_class(calls, args.max_skipped_steps)),
     )
-    state = loop.train(cast(Any, args), cast(Any, tracker), rollouts, trainers)
+    state = loop.train(cast(Any, args), resume_point(args.load), cast(Any, tracker), rollouts, trainers)
     return calls, tracker, state
 
 
@@ -208,9 +218,46 @@ def test_when_a_checkpoint_is_written(tmp_path, interval, saved):
     assert "perf/save_seconds" in tracker.rollouts[-1][2]
 
 
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
+    _run(_Args(num_rollout=4, save=str(tmp_path), save_interval=1, save_keep=keep))
+    assert sorted(path.name for path in tmp_path.glob("*rollout-*")) == [f"rollout-{n:06d}" for n in left]
+    assert (tmp_path / "latest").read_text() == "rollout-000004"
+
+
+def test_a_checkpoint_counts_when_the_metrics_of_its_rollout_are_written(tmp_path):
+    """A run that is killed in between goes on from the one before, and makes the rollout again."""
+
+    class Killed(_Tracker):
+        def log(self, rollout_id: int, step: int, metrics: dict[str, float]) -> None:
+            super().log(rollout_id, step, metrics)
+            if rollout_id == 1:
+                raise KeyboardInterrupt
+
+    calls: list[str] = []
+    args = _Args(save=str(tmp_path), save_interval=1)
+    parts = (args, resume_point(None), Killed(), _Rollouts(calls), _Trainers(calls, 5))
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(*cast(Any, parts))
+    assert calls[-3:] == ["train 1", "save .rollout-000002.partial", "publish 2"]
+    assert resume_point(str(tmp_path)).state.rollout_id == 1
+    assert not (tmp_path / "rollout-000002").exists()
+
+
+def test_models_for_others_are_written_beside_the_checkpoints(tmp_path):
+    calls, tracker, _ = _run(_Args(save=str(tmp_path), save_hf_interval=2))
+    written = [call for call in calls if call.startswith(("export", "save"))]
+    assert written == [
+        "export .rollout-000002.partial",
+        *("save .rollout-000003.partial", "export .rollout-000003.partial"),
+    ]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["rollout-000002", "rollout-000003"]
+    assert ["perf/export_seconds" in metrics for _, _, metrics in tracker.rollouts] == [False, True, True]
+
+
 def test_a_loaded_run_goes_on_and_asks_the_teacher_no_second_time(tmp_path):
     before = RunState(rollout_id=2, student_tokens=5, student_before=0.3, teacher=1.0, data={"position": 4})
-    finish_checkpoint(begin_checkpoint(tmp_path, 2), before)
+    finish_checkpoint(begin_checkpoint(tmp_path, 2), before, MAKER)
     calls, _, state = _run(_Args(load=str(tmp_path)))
     assert calls == [
         *("trainers ready", "rollouts ready", "load rollout-000002", "data {'position': 4}", "publish 0"),
@@ -291,7 +338,7 @@ def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():
         def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
             raise RuntimeError("the loss is no number")
 
-    parts = (AHEAD, _Tracker(), _Rollouts(calls), Failing(calls, 5))
+    parts = (AHEAD, resume_point(None), _Tracker(), _Rollouts(calls), Failing(calls, 5))
     with pytest.raises(RuntimeError, match="the loss is no number"):
         loop.train(*cast(Any, parts))
     assert calls[-2:] == ["generate 0", "order 1"]
@@ -322,7 +369,7 @@ def test_too_many_skipped_steps_end_the_loop_with_all_recorded_and_nothing_saved
     calls: list[str] = []
     args = _Args(num_rollout=9, eval_sets=(), eval_teacher=False, save=str(tmp_path), save_interval=1)
     tracker = _Tracker()
-    parts = (args, tracker, _Rollouts(calls), _Stuck(calls, args.max_skipped_steps))
+    parts = (args, resume_point(None), tracker, _Rollouts(calls), _Stuck(calls, args.max_skipped_steps))
     with pytest.raises(TrainingStuckError) as caught:
         loop.train(*cast(Any, parts))
     assert calls[-1] == "train 3"

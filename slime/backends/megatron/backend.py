@@ -30,7 +30,9 @@ from slime.backends.megatron.parallel import Parallelism, Ranks
 from slime.backends.megatron.parameters import Named, mark_shared, named_parameters
 from slime.backends.megatron.shape import read_config, require_declared, require_same_tokens, shape_of
 from slime.backends.parking import Parking
+from slime.backends.randomness import RANDOM_FOLDER, load_random_state, save_random_state
 from slime.backends.schedule import LearningRate
+from slime.backends.scores import Scores, scores_of
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -157,12 +159,16 @@ class MegatronBackend:
         self, micro_batches: Sequence[MicroBatch], model: ModelTag = "student"
     ) -> list[Tensor]:
         """Return, per micro-batch, the log-probs [P] of its response tokens, on the CPU."""
+        return [scores.log_probs for scores in self.score(micro_batches, model)]
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch], model: ModelTag, top_k: int = 0) -> list[Scores]:
+        """Return, per micro-batch, what the model says of its responses, on the CPU."""
         if not micro_batches:
             return []
 
-        def use(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            log_probs = outputs.log_probs
-            return log_probs.new_zeros(()), log_probs.cpu()
+        def use(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, Scores]:
+            return outputs.log_probs.new_zeros(()), scores_of(outputs, top_k)
 
         with self._machine(), self._asked(model) as policy:
             kept = self._run(policy, policy, micro_batches, use, forward_only=True)
@@ -289,12 +295,18 @@ class MegatronBackend:
         self._parking.unpark()
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write model, optimizer and schedule below `path`. Collective."""
+        """Write model, optimizer, schedule and generators below `path`. Collective."""
         save_sharded(path, self._exporter, self._state, self._steps)
+        save_random_state(path / RANDOM_FOLDER, self.rank, self._ranks.generators.get_states())
 
     def load_checkpoint(self, path: Path) -> None:
         """Read what `save_checkpoint` wrote, under any number of ranks. Collective."""
         self._steps = load_sharded(path, self._parameters, self._state)
+        trackers = load_random_state(
+            path / RANDOM_FOLDER, self.rank, self.world_size, seed=self._args.seed, steps=self._steps
+        )
+        if trackers:
+            self._ranks.generators.set_states(trackers)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -21,6 +21,7 @@ from slime.backends.megatron.export import Exporter
 from slime.backends.megatron.loading import Checkpoint
 from slime.backends.megatron.optimizer_state import KINDS, OptimizerState
 from slime.backends.megatron.parameters import Named
+from slime.durable import sync_tree
 
 STEPS_FILE = "steps.json"
 MAX_FILE_BYTES = 2 * 2**30
@@ -32,6 +33,7 @@ def save_sharded(path: Path, exporter: Exporter, state: OptimizerState, steps: i
         _write(path / kind, exporter.export(torch.float32, partial(state.read, kind)))
     if dist.get_rank() == 0:
         (path / STEPS_FILE).write_text(json.dumps({"steps": steps}), encoding="utf-8")
+        sync_tree(path)
     dist.barrier()
 
 

@@ -133,7 +133,7 @@ class ResponseOutputs:
         for rows in self._hidden.split(self._chunk_size):
             values, columns = share.logits(rows, self._head).topk(min(count, share.width), dim=1)
             values, ids = _joined(values, share.group), _joined(columns + share.start, share.group)
-            chunks.append(ids.gather(1, values.topk(count, dim=1).indices))
+            chunks.append(ids.gather(1, values.topk(min(count, values.shape[1]), dim=1).indices))
         return self._whole(torch.cat(chunks))
 
     def _pass(self) -> tuple[Tensor, Tensor]:

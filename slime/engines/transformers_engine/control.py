@@ -32,11 +32,17 @@ class Control:
         self._update_lock = asyncio.Lock()
         self._idle = asyncio.Condition()
         self._in_flight = 0
+        self._held = 0
 
     @property
     def paused(self) -> bool:
         """Whether generation is paused."""
         return self._paused
+
+    @property
+    def held(self) -> int:
+        """Number of requests that wait for the end of a pause or of an update."""
+        return self._held
 
     @property
     def _still(self) -> bool:
@@ -55,7 +61,11 @@ class Control:
         Raises:
             NotServing: memory that the model needs is released.
         """
-        await self._gate.wait()
+        self._held += 1
+        try:
+            await self._gate.wait()
+        finally:
+            self._held -= 1
         if lacking := self._memory.lacking():
             raise NotServing(lacking)
         self._in_flight += 1

@@ -54,6 +54,7 @@ class ServerInfo:
             "paused": control.paused,
             "running_requests": running,
             "waiting_requests": waiting,
+            "held_requests": control.held,
             "startup_time": self.started,
             "internal_states": [batcher.model.counts.as_dict()],
         }

@@ -4,8 +4,10 @@ import asyncio
 import base64
 import http.client
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.fakes.processes import wait_until
+
 HERE = Path(__file__).parent
 MODEL = HERE / "model_a"
 PICTURES = HERE / "recordings"
@@ -23,6 +27,8 @@ IMAGE_PAD, VIDEO_PAD = 346, 347
 PROMPT = [341, 312, 198, 343, 346, 344, 279, 265, 296, 334, 330, 283, 68, 13, 342, 198, 341, 286, 198]
 TEXT_PROMPT = [341, 312, 198, 281, 284, 327, 258, 337, 315, 30, 342, 198]
 NO_PADS = {str(IMAGE_PAD): -100.0, str(VIDEO_PAD): -100.0}
+ENDLESS_TOKENS = 4000
+"""Of a request that is to be running: all that the context takes, seconds of work for the fastest machine."""
 
 
 def picture_uri(name: str) -> str:
@@ -111,6 +117,102 @@ class Engine:
     def counts(self) -> dict[str, int]:
         """Forwards so far; only the transformers engine tells."""
         return self.ask("GET", "/server_info")[1]["internal_states"][0]
+
+    def load(self) -> tuple[int, int]:
+        """How many requests run, and how many wait for rows; only the transformers engine tells."""
+        info = self.ask("GET", "/server_info")[1]
+        return info["running_requests"], info["waiting_requests"]
+
+    def held(self) -> int:
+        """How many requests wait for the end of a pause; only the transformers engine tells."""
+        return self.ask("GET", "/server_info")[1]["held_requests"]
+
+
+@dataclass
+class Running:
+    """A request that has its first token and runs on. A thread reads its stream, so that nothing holds it."""
+
+    engine: Engine
+    rid: str
+    _latest: str = ""
+    """The answer so far, as JSON; empty before the first token."""
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What it has answered up to now, or in the end."""
+        return json.loads(self._latest)
+
+    @property
+    def count(self) -> int:
+        """How many tokens it has up to now."""
+        return self.answer["meta_info"]["completion_tokens"]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole answer is there."""
+        return self._ended.is_set()
+
+    def wait_for(self, true: Callable[[dict[str, Any]], object], what: str) -> None:
+        """Return once the answer is as wanted; fail if that takes a minute, or if the answer ends before."""
+        wait_until(lambda: self.ended or (self._latest and true(self.answer)), f"{self.rid}: {what}")
+        assert self._latest, f"{self.rid} ended without an answer"
+        assert true(self.answer), f"{self.rid} ended before it was so that {what}: {self.answer}"
+
+    def go_on(self) -> None:
+        """Return once it has tokens of forwards that begin now; it must not have ended by itself."""
+        # What the stream shows can be older than this call. A request that comes now, and is answered with
+        # two tokens, shared a forward with this one.
+        params = {"max_new_tokens": 2, "ignore_eos": True, "logit_bias": NO_PADS}
+        self.engine.generate(input_ids=TEXT_PROMPT, sampling_params=params)
+        count = self.count
+        self.wait_for(lambda answer: answer["meta_info"]["completion_tokens"] > count, f"it has over {count}")
+        assert not self.ended, self.answer
+
+    def wait_end(self) -> dict[str, Any]:
+        """Return the whole answer once something has ended it."""
+        wait_until(lambda: self.ended, f"{self.rid}: it ends")
+        return self.answer
+
+    def abort(self) -> dict[str, Any]:
+        """End it, which by itself it had not done; return the whole answer."""
+        assert self.engine.ask("POST", "/abort_request", {"rid": self.rid})[0] == 200
+        answer = self.wait_end()
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort", answer
+        return answer
+
+    def read(self, response: http.client.HTTPResponse) -> None:
+        """Read the stream to its end."""
+        try:
+            for line in response:
+                event = line.decode().strip().removeprefix("data: ")
+                if event and event != "[DONE]":
+                    self._latest = event
+        finally:
+            self._ended.set()
+
+
+@contextmanager
+def running_request(engine: Engine, rid: str, **body: Any) -> Iterator[Running]:
+    """Give a request that runs: it has a token, and far too many before it to have ended when it is used."""
+    params = {"max_new_tokens": ENDLESS_TOKENS, "ignore_eos": True, "logit_bias": NO_PADS}
+    given = {"input_ids": TEXT_PROMPT, "sampling_params": params, "rid": rid, "stream": True, **body}
+    parts = urlsplit(engine.url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120.0)
+    connection.request("POST", "/generate", json.dumps(given), engine.headers)
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    running = Running(engine, rid)
+    reader = threading.Thread(target=running.read, args=(response,), daemon=True)
+    reader.start()
+    try:
+        running.wait_for(lambda answer: answer["output_ids"], "it has a token")
+        yield running
+    finally:
+        if not running.ended:
+            engine.ask("POST", "/abort_request", {"rid": rid})
+        reader.join(60.0)
+        connection.close()
 
 
 def output_logprobs(answer: dict[str, Any]) -> list[float]:

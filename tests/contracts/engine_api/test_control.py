@@ -1,8 +1,9 @@
 """Pausing, weight updates and versions, as the weight sync relies on them."""
 
 import shutil
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import pytest
 
 from tests.contracts.engine_api.support import (
     MODEL,
-    NO_PADS,
     PROMPT,
-    TEXT_PROMPT,
     Engine,
     input_logprobs,
     picture_uri,
+    running_request,
     save_changed_model,
 )
+from tests.fakes.processes import wait_until
 
 SCORE = {
     "input_ids": PROMPT,
@@ -113,17 +114,18 @@ def test_requests_wait_while_paused(at_original_weights: Engine, exchanges: dict
     pause = exchanges["70_pause_retract"]
     assert engine.ask("POST", pause["path"], pause["request"]) == (pause["status"], pause["response"])
     assert engine.ask("GET", "/ready")[0] == 503
-    answers: list[Any] = []
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**SCORE)))
-    thread.start()
-    thread.join(1.0)
-    assert thread.is_alive()
-    flush = exchanges["70_flush_paused_retract"]
-    assert engine.ask("POST", flush["path"], flush["request"]) == (flush["status"], flush["response"])
-    go_on = exchanges["70_continue_retract"]
-    assert engine.ask("POST", go_on["path"], go_on["request"]) == (go_on["status"], go_on["response"])
-    thread.join(30.0)
-    assert answers[0]["meta_info"]["prompt_tokens"] == len(PROMPT) + 5
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(engine.generate, **SCORE)
+        if engine.kind == "transformers":
+            wait_until(lambda: engine.held() == 1, "the request is there")
+        # Of another server, which does not tell, a request that has not come yet is not answered either.
+        with pytest.raises(FutureTimeoutError):
+            asked.result(1.0)
+        flush = exchanges["70_flush_paused_retract"]
+        assert engine.ask("POST", flush["path"], flush["request"]) == (flush["status"], flush["response"])
+        go_on = exchanges["70_continue_retract"]
+        assert engine.ask("POST", go_on["path"], go_on["request"]) == (go_on["status"], go_on["response"])
+        assert asked.result(60)["meta_info"]["prompt_tokens"] == len(PROMPT) + 5
     assert engine.ask("GET", "/ready")[0] == 200
 
 
@@ -141,35 +143,27 @@ def test_a_response_over_an_update_names_both_versions(
     at_original_weights: Engine, changed: Path, mode: str
 ) -> None:
     engine = at_original_weights
-    params = {"max_new_tokens": 500, "ignore_eos": True, "logit_bias": NO_PADS}
-    answers: list[Any] = []
-    body = {"input_ids": TEXT_PROMPT, "sampling_params": params, "return_logprob": True}
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**body)))
-    thread.start()
-    thread.join(0.3)
-    engine.post("/pause_generation", {"mode": mode})
-    update = {"model_path": str(changed), "weight_version": "next", "flush_cache": mode == "retract"}
-    engine.post("/update_weights_from_disk", update)
-    engine.post("/continue_generation", {})
-    thread.join(60.0)
-    spans = answers[0]["meta_info"]["weight_versions"]
-    assert [span["version"] for span in spans] == ["default", "next"]
-    assert spans[0]["start"] == 0 < spans[0]["end"] == spans[1]["start"] < spans[1]["end"] == 500
-    assert answers[0]["meta_info"]["num_retractions"] == (mode == "retract")
-    assert answers[0]["meta_info"]["weight_version"] == "next"
+    with running_request(engine, f"over-an-update-{mode}", return_logprob=True) as request:
+        engine.post("/pause_generation", {"mode": mode})
+        update = {"model_path": str(changed), "weight_version": "next", "flush_cache": mode == "retract"}
+        engine.post("/update_weights_from_disk", update)
+        engine.post("/continue_generation", {})
+        request.go_on()
+        meta = request.abort()["meta_info"]
+    old, new = meta["weight_versions"]
+    assert (old["version"], new["version"]) == ("default", "next")
+    assert old["start"] == 0 < old["end"] == new["start"] < new["end"] == meta["completion_tokens"]
+    assert len(meta["output_token_logprobs"]) == meta["completion_tokens"]
+    assert meta["num_retractions"] == (mode == "retract")
+    assert meta["weight_version"] == "next"
 
 
 def test_pausing_by_abort_ends_what_runs(engine: Engine) -> None:
-    params = {"max_new_tokens": 4000, "ignore_eos": True, "logit_bias": NO_PADS}
-    answers: list[Any] = []
-    body = {"input_ids": TEXT_PROMPT, "sampling_params": params}
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**body)))
-    thread.start()
-    thread.join(0.3)
-    engine.post("/pause_generation", {"mode": "abort"})
-    thread.join(30.0)
-    assert answers[0]["meta_info"]["finish_reason"]["type"] == "abort"
-    engine.post("/continue_generation", {})
+    with running_request(engine, "paused-by-abort") as request:
+        engine.post("/pause_generation", {"mode": "abort"})
+        answer = request.wait_end()
+        engine.post("/continue_generation", {})
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
 
 
 def test_what_only_sglang_can_do_is_refused_with_a_reason(own_engine: Engine) -> None:

@@ -1,12 +1,13 @@
 """What a rollout relies on: seeds, stops, bias, batching, streams, aborts, log-probs true when scored."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.contracts.engine_api.support import (
+    ENDLESS_TOKENS,
     NO_PADS,
     PROMPT,
     TEXT_PROMPT,
@@ -14,7 +15,9 @@ from tests.contracts.engine_api.support import (
     input_logprobs,
     output_logprobs,
     picture_uri,
+    running_request,
 )
+from tests.fakes.processes import wait_until
 
 CONCURRENT = 128
 LONGEST = 50
@@ -39,7 +42,15 @@ def rollout(index: int, **more: Any) -> dict[str, Any]:
 
 def test_128_concurrent_requests_share_forwards(own_engine: Engine) -> None:
     before = own_engine.counts()
-    answers = own_engine.generate_many([rollout(index) for index in range(CONCURRENT)])
+    # Held until all are there: however long a busy machine takes to send them, they are concurrent.
+    own_engine.post("/pause_generation", {"mode": "in_place"})
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(own_engine.generate_many, [rollout(index) for index in range(CONCURRENT)])
+        try:
+            wait_until(lambda: asked.done() or own_engine.held() == CONCURRENT, "all are there")
+        finally:
+            own_engine.post("/continue_generation", {})
+        answers = asked.result(240)
     after = own_engine.counts()
     assert [len(answer["output_ids"]) for answer in answers] == [LONGEST - i % 9 for i in range(CONCURRENT)]
     assert after["decode_forwards"] - before["decode_forwards"] <= 1.2 * LONGEST
@@ -95,23 +106,10 @@ def test_concurrent_scores_equal_lone_ones(engine: Engine) -> None:
 
 
 def test_a_request_joins_a_running_batch(own_engine: Engine) -> None:
-    long = {"input_ids": TEXT_PROMPT, "sampling_params": sampling(max_new_tokens=1500), "rid": "long-one"}
-    finished = threading.Event()
-
-    def run_long() -> None:
-        own_engine.generate(**long)
-        finished.set()
-
-    before = own_engine.counts()["decode_forwards"]
-    thread = threading.Thread(target=run_long)
-    thread.start()
-    while own_engine.counts()["decode_forwards"] < before + 5:
-        assert thread.is_alive()
-    answer = own_engine.generate(input_ids=TEXT_PROMPT, sampling_params=sampling(max_new_tokens=4))
-    assert len(answer["output_ids"]) == 4
-    assert not finished.is_set()
-    own_engine.post("/abort_request", {"rid": "long-one"})
-    thread.join()
+    with running_request(own_engine, "long-one") as long:
+        answer = own_engine.generate(input_ids=TEXT_PROMPT, sampling_params=sampling(max_new_tokens=4))
+        assert len(answer["output_ids"]) == 4
+        assert long.abort()["meta_info"]["completion_tokens"] > 4
 
 
 def test_a_seed_repeats_and_another_differs(own_engine: Engine) -> None:
@@ -227,18 +225,7 @@ def test_a_stream_ends_with_the_whole_answer(engine: Engine) -> None:
 
 
 def test_an_abort_answers_with_what_there_is(engine: Engine) -> None:
-    answers: list[Any] = []
-    body = {
-        "input_ids": TEXT_PROMPT,
-        "sampling_params": sampling(max_new_tokens=4000),
-        "rid": "to-be-aborted",
-    }
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**body)))
-    thread.start()
-    while not answers:
-        status, _ = engine.ask("POST", "/abort_request", {"rid": "to-be-aborted"})
-        assert status == 200
-        thread.join(0.05)
-    assert answers[0]["meta_info"]["finish_reason"]["type"] == "abort"
-    assert len(answers[0]["output_ids"]) < 4000
+    with running_request(engine, "to-be-aborted") as request:
+        answer = request.abort()
+    assert 0 < len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"] < ENDLESS_TOKENS
     assert engine.ask("POST", "/abort_request", {"rid": "nobody"})[0] == 200

@@ -1,6 +1,5 @@
 """Memory given back and taken again. The real server does not survive this on a CPU: our engine alone."""
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +8,11 @@ from safetensors.torch import load_file
 
 from tests.contracts.engine_api.support import (
     MODEL,
-    NO_PADS,
     PROMPT,
-    TEXT_PROMPT,
     Engine,
     input_logprobs,
     picture_uri,
+    running_request,
 )
 from tests.fakes.weight_senders import payload
 
@@ -101,36 +99,27 @@ def test_a_wrong_order_is_refused(engine_given_back: Engine) -> None:
 @pytest.mark.parametrize("mode", [None, "in_place"])
 def test_running_requests_keep_their_memory(engine_given_back: Engine, mode: str | None) -> None:
     engine = engine_given_back
-    params = {"max_new_tokens": 300, "ignore_eos": True, "logit_bias": NO_PADS}
-    answers: list[Any] = []
-    body = {"input_ids": TEXT_PROMPT, "sampling_params": params}
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**body)))
-    thread.start()
-    thread.join(0.3)
-    if mode is not None:
-        engine.post("/pause_generation", {"mode": mode})
-    assert "1 requests are" in refusal(engine, RELEASE, {})
-    engine.post("/continue_generation", {})
-    thread.join(60.0)
-    assert answers[0]["meta_info"]["completion_tokens"] == 300
+    with running_request(engine, "keeps-its-memory") as request:
+        if mode is not None:
+            engine.post("/pause_generation", {"mode": mode})
+        assert "1 requests are" in refusal(engine, RELEASE, {})
+        engine.post("/continue_generation", {})
+        request.go_on()
+        answer = request.abort()
+    assert answer["meta_info"]["num_retractions"] == 0
 
 
 def test_retracted_requests_outlive_a_release(engine_given_back: Engine) -> None:
     engine = engine_given_back
-    params = {"max_new_tokens": 300, "ignore_eos": True, "logit_bias": NO_PADS}
-    answers: list[Any] = []
-    body = {"input_ids": TEXT_PROMPT, "sampling_params": params}
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**body)))
-    thread.start()
-    thread.join(0.3)
-    engine.post("/pause_generation", {"mode": "retract"})
-    engine.post(RELEASE, {})
-    engine.post("/continue_generation", {})
-    thread.join(0.3)
-    assert thread.is_alive()
-    engine.post(RESUME, {"tags": ["weights", "cuda_graph"]})
-    send_original(engine)
-    engine.post(RESUME, {"tags": ["kv_cache"]})
-    thread.join(60.0)
-    assert answers[0]["meta_info"]["completion_tokens"] == 300
-    assert answers[0]["meta_info"]["num_retractions"] == 1
+    with running_request(engine, "outlives-a-release") as request:
+        engine.post("/pause_generation", {"mode": "retract"})
+        engine.post(RELEASE, {})
+        engine.post("/continue_generation", {})
+        assert (engine.load(), request.ended) == ((0, 1), False)
+        engine.post(RESUME, {"tags": ["weights", "cuda_graph"]})
+        send_original(engine)
+        assert (engine.load(), request.ended) == ((0, 1), False)
+        engine.post(RESUME, {"tags": ["kv_cache"]})
+        request.go_on()
+        answer = request.abort()
+    assert answer["meta_info"]["num_retractions"] == 1

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -20,13 +19,13 @@ from slime.engines.process import free_port
 from slime.weight_sync.distributed import join_as_first
 from tests.contracts.engine_api.support import (
     MODEL,
-    NO_PADS,
     PICTURES,
     PROMPT,
     TEXT_PROMPT,
     Engine,
     input_logprobs,
     picture_uri,
+    running_request,
     save_changed_model,
 )
 from tests.contracts.reference import TOLERANCE, Reference
@@ -158,24 +157,20 @@ def test_sent_weights_are_served(
 
 def test_an_update_under_running_requests_is_done_and_answered_400(at_original_weights: Engine) -> None:
     engine = at_original_weights
-    params = {"max_new_tokens": 500, "ignore_eos": True, "logit_bias": NO_PADS}
-    answers: list[Any] = []
-    body = {"input_ids": TEXT_PROMPT, "sampling_params": params}
-    thread = threading.Thread(target=lambda: answers.append(engine.generate(**body)))
-    thread.start()
-    thread.join(0.3)
-    engine.post("/pause_generation", {"mode": "in_place"})
-    engine.post("/begin_weight_update", {})
-    with payload({NAME: torch.ones(64)}) as given:
-        update = {"serialized_named_tensors": [given], "weight_version": "next"}
-        status, answer = engine.ask("POST", "/update_weights_from_tensor", update)
-    assert (status, answer["success"]) == (400, False)
-    assert answer["message"].startswith("Weights were updated, but the cache was not flushed")
-    engine.post("/end_weight_update", {})
-    engine.post("/continue_generation", {})
-    thread.join(60.0)
-    spans = answers[0]["meta_info"]["weight_versions"]
-    assert [span["version"] for span in spans] == ["default", "next"]
+    with running_request(engine, "under-an-update") as request:
+        engine.post("/pause_generation", {"mode": "in_place"})
+        engine.post("/begin_weight_update", {})
+        with payload({NAME: torch.ones(64)}) as given:
+            update = {"serialized_named_tensors": [given], "weight_version": "next"}
+            status, answer = engine.ask("POST", "/update_weights_from_tensor", update)
+        assert (status, answer["success"]) == (400, False)
+        assert answer["message"].startswith("Weights were updated, but the cache was not flushed")
+        engine.post("/end_weight_update", {})
+        engine.post("/continue_generation", {})
+        request.go_on()
+        old, new = request.abort()["meta_info"]["weight_versions"]
+    assert (old["version"], new["version"]) == ("default", "next")
+    assert 0 < old["end"] == new["start"] < new["end"]
 
 
 def test_an_unknown_group_is_refused(at_original_weights: Engine) -> None:

@@ -14,10 +14,11 @@ from typing import Any, cast
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from slime.ray.actor import Actor, Surroundings
 from slime.ray.cluster import ActorError, Cluster
-from slime.ray.interrupts import ignore, listen, shielded
+from slime.ray.interrupts import held, ignore, listen, shielded
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,21 @@ def test_spans_are_taken_while_the_actor_works_on(cluster, monkeypatch):
     assert ray.wait([busy], timeout=0)[0] == []
 
 
+def test_nobody_misses_an_actor_that_was_ended(cluster):
+    """Neither the end of its watch nor that of a call of it that was expected ends the wait for another."""
+    doomed, other = _start(cluster, "doomed"), _start(cluster, "left")
+    cluster.watch("doomed")
+    busy = doomed.sleep.remote(120)
+    cluster.expect(busy)
+    (pid,) = cluster.wait([doomed.pid.options(concurrency_group="control").remote()])
+    cluster.end(["doomed"])
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
+    assert not psutil.pid_exists(pid)
+    with pytest.raises(RayActorError):
+        ray.get(busy)
+    assert isinstance(cluster.wait([other.pid.remote()])[0], int)
+
+
 def test_rays_open_ports_ask_for_a_token(cluster):
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
@@ -191,6 +207,36 @@ def test_signals_raise_while_the_run_works_and_not_while_it_ends():
         os.kill(os.getpid(), signal.SIGTERM)
     ignore()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_waits_for_what_must_not_be_cut_short():
+    done = []
+
+    def work() -> None:
+        with held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("whole")
+
+    listen()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["whole"]
+    with held():
+        done.append("no signal")
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_error_goes_before_a_signal_that_waits():
+    def fail() -> None:
+        with held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError("the real fault")
+
+    listen()
+    with pytest.raises(ValueError, match="the real fault"):
+        fail()
 
 
 def test_a_long_temporary_folder_is_too_long_for_rays_sockets(monkeypatch, tmp_path):
