@@ -400,8 +400,9 @@ launch() {
   # Guards the control endpoints of all servers of this run; in the environment, never on a command line.
   export SLIME_ENGINE_ADMIN_KEY="${SLIME_ENGINE_ADMIN_KEY:-$(random_key)}"
   resolve
-  # SGLang takes a while to give GPU memory back; killed in between it may keep it.
-  if [ "$NUM_GPUS" != 0 ]; then STOP_GRACE_SECONDS=60; fi
+  # At its end a run finishes the training that it is in, and saves. SGLang takes a while to give GPU memory back; killed in
+  # between it may keep it. Who has nothing to do ends at once, whatever the limit.
+  if [ "$NUM_GPUS" != 0 ]; then STOP_GRACE_SECONDS=900; fi
   end_with_script say_output
   say_output
   print_configuration

@@ -56,10 +56,12 @@ class RunState:
         """How long the run has taken, in all its processes."""
         return time.monotonic() - self.started
 
-    def advance(self, tokens: int) -> None:
-        """Count one more rollout, in which the student sampled `tokens` tokens."""
+    def advance(self, tokens: int, data: dict[str, Any]) -> None:
+        """Count one more rollout, in which the student sampled `tokens` tokens; `data` is the position of the
+        next."""
         self.rollout_id += 1
         self.student_tokens += tokens
+        self.data = data
 
     def saw_student(self, accuracy: float, rollout_id: int) -> None:
         """Remember an evaluation of the student: the first, before any rollout, and the latest."""

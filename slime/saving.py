@@ -6,14 +6,18 @@ on the disk: whatever kills the run, no rollout before the checkpoint is without
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, keep_newest, maker_of
 from slime.durable import begin_folder, finish_folder
+from slime.ray.interrupts import shielded
+from slime.ray.rollout_group import RolloutGroup
 from slime.ray.train_group import TrainGroup
-from slime.supply import Supply
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -24,11 +28,13 @@ HF_FOLDER = "hf"
 class Saver:
     """Writes what `--save-interval` and `--save-hf-interval` ask for."""
 
-    def __init__(self, args: Args, supply: Supply, trainers: TrainGroup) -> None:
+    def __init__(self, args: Args, trainers: TrainGroup) -> None:
         self._args = args
-        self._supply = supply
         self._trainers = trainers
         self._partial: Path | None = None
+        """The checkpoint that is written, and does not count yet."""
+        self._saved = 0
+        """Rollouts behind the newest checkpoint that counts, or behind the beginning."""
 
     def write(self, state: RunState) -> dict[str, float]:
         """Write what is due after `state.rollout_id` rollouts, before their weights leave the trainers' turn;
@@ -38,9 +44,7 @@ class Saver:
         save, metrics = Path(self._args.save), {}
         if is_due(self._args.save_interval, state.rollout_id, self._args.num_rollout):
             start = time.perf_counter()
-            state.data = self._supply.state_dict()
-            self._partial = begin_checkpoint(save, state.rollout_id)
-            self._trainers.save(self._partial)
+            self._write_checkpoint(save, state)
             metrics["perf/save_seconds"] = time.perf_counter() - start
         every = self._args.save_hf_interval
         if every is not None and is_due(every, state.rollout_id, self._args.num_rollout):
@@ -58,7 +62,36 @@ class Saver:
             return
         path = finish_checkpoint(self._partial, state, maker_of(self._args))
         self._partial = None
+        self._saved = state.rollout_id
         keep_newest(path, self._args.save_keep)
+
+    @contextmanager
+    def saving_at_a_signal(self, state: RunState, rollouts: RolloutGroup) -> Iterator[None]:
+        """Write what has been trained since the last checkpoint when a signal ends the block.
+
+        The rollout that is being made is lost; a run that goes on makes it from the same prompts.
+        """
+        self._saved = state.rollout_id
+        try:
+            yield
+        except KeyboardInterrupt:
+            with shielded():
+                self._save_before_the_end(state, rollouts)
+            raise
+
+    def _save_before_the_end(self, state: RunState, rollouts: RolloutGroup) -> None:
+        if self._args.save is None or state.rollout_id == self._saved:
+            return
+        sys.stderr.write(f"A signal: saving what {state.rollout_id} rollouts have taught, then ending.\n")
+        if self._partial is None:
+            rollouts.end()  # the trainers need the memory that they share, and nobody to answer to
+            self._trainers.outlive_engines()
+            self._write_checkpoint(Path(self._args.save), state)
+        self.complete(state)
+
+    def _write_checkpoint(self, save: Path, state: RunState) -> None:
+        self._partial = begin_checkpoint(save, state.rollout_id)
+        self._trainers.save(self._partial)
 
 
 def is_due(interval: int | None, done: int, whole: int) -> bool:

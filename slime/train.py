@@ -28,7 +28,7 @@ from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
 from slime.ray.engine_group import EngineGroup, ExternalEngines
 from slime.ray.held_teacher import evaluate_held_teacher
-from slime.ray.interrupts import exit_status, ignore, listen
+from slime.ray.interrupts import exit_status, held, ignore, listen
 from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
@@ -58,19 +58,23 @@ def train(
         state.teacher = tracker.log_eval(state.rollout_id, trainers.step, rollouts.result(teacher), "teacher")
 
     supply = Supply(args, rollouts, trainers, tracker.trace)
-    saver = Saver(args, supply, trainers)
-    for rollout_id in range(state.rollout_id, args.num_rollout):
-        if eval_is_due(args, rollout_id):
-            evaluate(rollout_id, tracker, rollouts, trainers, state)
-        rollout = supply.take(rollout_id)
-        metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
-        supply.settle()
-        require_progress(args, tracker, rollout_id, trainers, metrics)
-        state.advance(tokens=int(metrics["response_tokens"]))
-        metrics |= saver.write(state)
-        metrics |= trainers.publish_weights(rollouts)
-        tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
-        saver.complete(state)
+    saver = Saver(args, trainers)
+    with saver.saving_at_a_signal(state, rollouts):
+        for rollout_id in range(state.rollout_id, args.num_rollout):
+            if eval_is_due(args, rollout_id):
+                evaluate(rollout_id, tracker, rollouts, trainers, state)
+            rollout = supply.take(rollout_id)
+            with held() as signals:  # from here to the end of the turn nothing is cut short but a rollout
+                metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
+                state.advance(int(metrics["response_tokens"]), supply.state_dict())
+                try:
+                    with signals.heeded():
+                        supply.settle()
+                    require_progress(args, tracker, trainers)
+                    metrics |= saver.write(state) | trainers.publish_weights(rollouts)
+                finally:
+                    tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
+                saver.complete(state)
 
     if args.eval_sets:
         evaluate(state.rollout_id, tracker, rollouts, trainers, state)
@@ -78,18 +82,15 @@ def train(
     return state
 
 
-def require_progress(
-    args: Args, tracker: Tracker, rollout_id: int, trainers: TrainGroup, metrics: dict[str, float]
-) -> None:
+def require_progress(args: Args, tracker: Tracker, trainers: TrainGroup) -> None:
     """Say which optimizer steps of the rollout were skipped.
 
     Raises:
-        TrainingStuckError: too many in a row. The rollout's metrics are recorded, nothing is saved.
+        TrainingStuckError: too many in a row.
     """
     for step in trainers.skips.latest:
         tracker.say(f"Warning: an optimizer step was skipped. {step}")
     if trainers.skips.too_many:
-        tracker.log(rollout_id, trainers.step, metrics)
         raise trainers.skips.stuck(newest_checkpoint(args.save, args.load))
 
 

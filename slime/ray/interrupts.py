@@ -44,22 +44,52 @@ def shielded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def held() -> Iterator[None]:
-    """Let a signal wait until the block has ended: what is in it happens whole, or not at all."""
-    arrived: list[int] = []
+class Held:
+    """Signals that wait for the end of a block."""
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        arrived.append(number)
+    def __init__(self) -> None:
+        self._arrived: list[int] = []
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Let them raise nevertheless, those that have come too, in a part of the block that may be cut
+        short."""
+        self.let_go()
+        try:
+            yield
+        finally:
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._note)
+
+    def let_go(self) -> None:
+        """Put the handlers back, and raise the first signal that has come."""
+        self.put_back()
+        if self._arrived:
+            signal.raise_signal(self._arrived[0])
+
+    def put_back(self) -> None:
+        """Put the handlers back."""
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-    if arrived:
-        signal.raise_signal(arrived[0])
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._arrived.append(number)
+
+
+@contextmanager
+def held() -> Iterator[Held]:
+    """Let a signal wait until the block has ended: what is in it happens whole, or not at all.
+
+    An error in the block goes before it.
+    """
+    signals = Held()
+    try:
+        yield signals
+    except BaseException:
+        signals.put_back()
+        raise
+    signals.let_go()
 
 
 def exit_status() -> int:

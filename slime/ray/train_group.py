@@ -40,7 +40,7 @@ class TrainGroup:
         """Steps whose weights have been compared."""
         self._probe: ray.ObjectRef | None = None
         self.step = 0
-        """Optimizer steps behind the published weights; as a string, their version."""
+        """Optimizer steps behind the weights; as a string, their version."""
         self.skips = SkipAccount(args.max_skipped_steps)
         self._scheduling = _scheduling(cluster)
         self._actors = [
@@ -112,6 +112,7 @@ class TrainGroup:
             actor.train.remote(rollout_id, shard) for actor, shard in zip(self._actors, shards, strict=True)
         ]
         results: list[TrainResult] = self._cluster.wait(refs)
+        self._count_steps()
         ended = time.perf_counter()
         metrics = results[0].metrics
         self.skips.enter(
@@ -169,7 +170,7 @@ class TrainGroup:
 
     def _publish(self, rollouts: RolloutGroup) -> dict[str, float]:
         start = time.perf_counter()
-        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
+        self._count_steps()
         if not rollouts.has_engines:
             return {}
         version = str(self.step)
@@ -189,6 +190,9 @@ class TrainGroup:
             self._probed.add(self.step)
         # Sharing GPUs, the trainers compare when it is their turn again: the weights are still these.
         return metrics | (self._compare() if isinstance(self._turns, Apart) else {})
+
+    def _count_steps(self) -> None:
+        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
 
     def _probe_is_due(self) -> bool:
         when = self._args.check_weight_sync

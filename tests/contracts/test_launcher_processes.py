@@ -172,6 +172,7 @@ def test_a_teacher_that_dies_is_started_anew_and_the_run_goes_on(machine: Machin
 
 def test_a_teacher_is_not_started_anew_while_its_port_is_taken(machine: Machine) -> None:
     port = free_port()
+    machine.environment["REST_SECONDS"] = "1"
     launcher = launch(machine, driver="sleep", TEACHER_PORT=str(port))
     wait_until(lambda: machine.pids(DRIVER), "the driver starts")
     teacher = psutil.Process(machine.pids(TEACHER)[0])
