@@ -1,4 +1,4 @@
-"""Which modules a layer is made of: TransformerEngine's in half precision where a GPU has it, or plain torch."""
+"""Which modules make a layer: TransformerEngine's in half precision where a GPU has it, else plain torch."""
 
 from __future__ import annotations
 
