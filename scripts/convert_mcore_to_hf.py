@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, required=True, help="the folder to make; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights")
     args = parser.parse_args(argv)
-    checkpoint = find_checkpoint(args.load)
+    checkpoint, note = find_checkpoint(args.load)
+    if note is not None:
+        sys.stdout.write(note + "\n")
     size = write_weights(
         weights(checkpoint / WEIGHTS, DTYPES[args.dtype]),
         args.save,

@@ -95,7 +95,7 @@ http_ok() {
 
 # --- processes of our own ---------------------------------------------------------------------------------------
 OWN_PIDS=()
-STOP_GRACE_SECONDS="${STOP_GRACE_SECONDS:-20}"
+STOP_GRACE_SECONDS="${STOP_GRACE_SECONDS:-60}"
 
 # start_own COMMAND...: runs it in the background as the leader of a process group of its own; its PID is in STARTED.
 # The group keeps a Ctrl-C at the terminal away from it: ending is this script's business, in its own order.
@@ -148,9 +148,10 @@ group_alive() {
 }
 
 # end_rest PID PORT: of a leader that has ended, ends what is left of its group; returns once that is gone and nothing
-# answers at its port, and fails where it takes longer than STOP_GRACE_SECONDS.
+# answers at its port, and fails where it takes longer than REST_SECONDS.
+REST_SECONDS="${REST_SECONDS:-60}"
 end_rest() {
-  local ticks=$((STOP_GRACE_SECONDS * 10))
+  local ticks=$((REST_SECONDS * 10))
   kill -KILL -- "-$1" 2>/dev/null || true
   while group_alive "$1" || port_taken "$2"; do
     if [ "$ticks" -le 0 ]; then return 1; fi

@@ -180,7 +180,7 @@ restart_teacher() {
     "goes on in $TEACHER_LOG"
   # On a GPU a second one beside what is left of the first would not find the memory that it needs.
   end_rest "$TEACHER_PID" "$port" ||
-    die "the teacher cannot be started anew: $STOP_GRACE_SECONDS s after its end, processes of it are there or port $port is taken."
+    die "the teacher cannot be started anew: $REST_SECONDS s after its end, processes of it are there or port $port is taken."
   forget_own "$TEACHER_PID"
   launch_teacher
 }

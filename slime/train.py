@@ -8,38 +8,45 @@ Everything heavy runs in Ray actors; this file only says in which order.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from slime.arguments import Args, format_args, parse_args
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, resume_point
+from slime.checkpoints import (
+    CheckpointError,
+    ResumePoint,
+    RunState,
+    describe,
+    require_same_run,
+    resume_point,
+)
+from slime.durable import FolderInUseError, locked
 from slime.local_models import with_local_models
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
 from slime.ray.cluster import ActorError, Cluster
 from slime.ray.engine_group import EngineGroup, ExternalEngines
 from slime.ray.held_teacher import evaluate_held_teacher
-from slime.ray.interrupts import exit_status, ignore, listen
+from slime.ray.interrupts import exit_status, held, ignore, listen
 from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
+from slime.saving import SaveError, Saver
 from slime.supply import Supply
 from slime.weight_sync.probe import WeightMismatchError
 from slime.weight_sync.store import create_weight_folder
 
+ENDS = (ActorError, CheckpointError, FolderInUseError, RecordingError, SaveError, WeightMismatchError)
+"""Errors whose message says all that there is to say."""
+
 
 def train(
-    args: Args,
-    tracker: Tracker,
-    rollouts: RolloutGroup,
-    trainers: TrainGroup,
-    state: RunState,
-    checkpoint: Path | None,
-) -> None:
-    """Run the loop from `state`, whose checkpoint is there unless it is the start, to `--num-rollout`."""
+    args: Args, point: ResumePoint, tracker: Tracker, rollouts: RolloutGroup, trainers: TrainGroup
+) -> RunState:
+    """Run the loop from where it begins, or goes on, to `--num-rollout`."""
+    state, checkpoint = point.state, point.checkpoint
     ask_teacher = args.eval_teacher and state.teacher is None
     teacher = rollouts.evaluate_later(state.rollout_id, "teacher") if ask_teacher else None
     trainers.wait_ready()
@@ -53,21 +60,27 @@ def train(
         state.teacher = tracker.log_eval(state.rollout_id, trainers.step, rollouts.result(teacher), "teacher")
 
     supply = Supply(args, rollouts, trainers, tracker.trace)
-    for rollout_id in range(state.rollout_id, args.num_rollout):
-        if eval_is_due(args, rollout_id):
-            evaluate(rollout_id, tracker, rollouts, trainers, state)
-        rollout = supply.take(rollout_id)
-        metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
-        supply.settle()
-        state.advance(tokens=int(metrics["response_tokens"]))
-        if save_is_due(args, state.rollout_id):
-            metrics |= save(args, supply, trainers, state)
-        metrics |= trainers.publish_weights(rollouts)
-        tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
+    saver = Saver(args, trainers)
+    with saver.saving_at_a_signal(state, rollouts):
+        for rollout_id in range(state.rollout_id, args.num_rollout):
+            if eval_is_due(args, rollout_id):
+                evaluate(rollout_id, tracker, rollouts, trainers, state)
+            rollout = supply.take(rollout_id)
+            with held() as signals:  # from here to the end of the turn nothing is cut short but a rollout
+                metrics = rollout.metrics | trainers.train(rollout_id, rollout.shards)
+                state.advance(int(metrics["response_tokens"]), supply.state_dict())
+                try:
+                    with signals.heeded():
+                        supply.settle()
+                    metrics |= saver.write(state) | trainers.publish_weights(rollouts)
+                finally:
+                    tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
+                saver.complete(state)
 
     if args.eval_sets:
-        evaluate(args.num_rollout, tracker, rollouts, trainers, state)
+        evaluate(state.rollout_id, tracker, rollouts, trainers, state)
     trainers.finish()
+    return state
 
 
 def evaluate(
@@ -76,16 +89,6 @@ def evaluate(
     """Let the student answer the held-out sets with the weights it has before rollout `rollout_id`."""
     metrics = rollouts.evaluate(rollout_id, "student")
     state.saw_student(tracker.log_eval(rollout_id, trainers.step, metrics, "student"), rollout_id)
-
-
-def save(args: Args, supply: Supply, trainers: TrainGroup, state: RunState) -> dict[str, float]:
-    """Write a checkpoint below `--save`: trainer, position in the data, and the driver's own state."""
-    start = time.perf_counter()
-    state.data = supply.state_dict()
-    partial = begin_checkpoint(Path(args.save or ""), state.rollout_id)
-    trainers.save(partial)
-    finish_checkpoint(partial, state)
-    return {"perf/save_seconds": time.perf_counter() - start}
 
 
 def eval_is_due(args: Args, rollout_id: int) -> bool:
@@ -97,37 +100,31 @@ def eval_is_due(args: Args, rollout_id: int) -> bool:
     return args.eval_interval is not None and rollout_id % args.eval_interval == 0
 
 
-def save_is_due(args: Args, done: int) -> bool:
-    """Tell whether to save after `done` rollouts: every `--save-interval` of them, and after the last."""
-    if args.save is None:
-        return False
-    return done == args.num_rollout or (args.save_interval is not None and done % args.save_interval == 0)
-
-
 def run(args: Args) -> None:
     """Start everything, train, and leave nothing behind but the output folder."""
-    started = time.monotonic()
     output_dir = Path(args.output_dir)
+    point = resume_point(args.load)
     if args.replays:
-        require_recorded(args, first=resume_point(args.load)[0].rollout_id)
+        require_recorded(args, first=point.state.rollout_id)
     args = with_local_models(args)
-    state, checkpoint = resume_point(args.load)
-    with Tracker(args) as tracker:
-        if args.eval_teacher and args.opd_teacher_load is not None and state.teacher is None:
-            state.teacher = tracker.log_eval(state.rollout_id, 0, evaluate_held_teacher(args), "teacher")
+    require_same_run(args, point)
+    with locked(output_dir), Tracker(args, first_rollout=point.state.rollout_id) as tracker:
+        for line in describe(args, point):
+            tracker.say(line)
+        if args.eval_teacher and args.opd_teacher_load is not None and point.state.teacher is None:
+            accuracies = evaluate_held_teacher(args)
+            point.state.teacher = tracker.log_eval(point.state.rollout_id, 0, accuracies, "teacher")
         with Cluster(args) as cluster, ExitStack() as stack:
             tracker.say(cluster.resources.describe())
             tracker.trace.source = cluster.take_spans
             folder = None
             if args.weight_sync == "disk":
-                folder = stack.enter_context(
-                    create_weight_folder(
-                        output_dir, Path(args.hf_checkpoint), one_machine=cluster.one_machine
-                    )
-                ).path
+                student = Path(args.hf_checkpoint)
+                store = create_weight_folder(output_dir, student, one_machine=cluster.one_machine)
+                folder = stack.enter_context(store).path
             rollouts, trainers = start(args, cluster, folder)
-            train(args, tracker, rollouts, trainers, state, checkpoint)
-            close_run(args, tracker, state, time.monotonic() - started)
+            state = train(args, point, tracker, rollouts, trainers)
+            close_run(args, tracker, state)
 
 
 def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[RolloutGroup, TrainGroup]:
@@ -149,7 +146,8 @@ def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[Rol
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, print the configuration, run.
 
-    Return 1 if an actor failed or a recorded rollout is not there, and 130 or 143 after SIGINT or SIGTERM.
+    Return 1 if an actor failed, or a checkpoint or recorded rollout is not to be had, and 130 or 143 after
+    SIGINT or SIGTERM.
     """
     args = parse_args(None if argv is None else list(argv))
     listen()
@@ -161,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
-    except (ActorError, RecordingError, WeightMismatchError) as error:
+    except ENDS as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 
 from slime.engines.process import PROJECT_ROOT, ServerProcess, free_port, start_server
+from slime.metrics.position import read_metrics
 from slime.metrics.trace import TRACE_FILE, read_trace
-from slime.metrics.tracker import read_metrics
 from slime.ray.interrupts import exit_status, ignore, listen
 from slime.tiny.paths import checkpoint_path, ensure_dataset
 

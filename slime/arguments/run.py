@@ -20,17 +20,32 @@ class CheckpointArgs:
     ref_load: str | None = flag(
         None, help="Weights of the reference for --kl-loss-coef. Default: --hf-checkpoint."
     )
-    load: str | None = flag(None, help="Checkpoint folder of an earlier run to go on from.")
+    load: str | None = flag(
+        None, help="Go on from here: what an earlier run got as --save, or one of the checkpoints in it."
+    )
     save: str | None = flag(None, help="Folder to write checkpoints to.")
-    save_interval: int | None = flag(None, help="Write a checkpoint every so many rollouts.", at_least=1)
+    save_interval: int | None = flag(
+        None, help="Write a checkpoint every so many rollouts, beside the one after the last.", at_least=1
+    )
+    save_keep: int = flag(2, help="Keep so many of the newest checkpoints; 0: all.", at_least=0)
+    save_hf_interval: int | None = flag(
+        None,
+        help="Write the student as a Hugging Face folder, --save/hf/rollout-000010, every so many rollouts "
+        "and after the last; 0: after the last alone. None of them is removed.",
+        at_least=0,
+    )
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong inside this group."""
-        if self.save_interval is not None and self.save is None:
-            yield (
-                f"--save-interval {self.save_interval} is set without --save: it does not say where to "
-                "write. Add --save FOLDER or drop --save-interval."
-            )
+        for name, interval in (
+            ("--save-interval", self.save_interval),
+            ("--save-hf-interval", self.save_hf_interval),
+        ):
+            if interval is not None and self.save is None:
+                yield (
+                    f"{name} {interval} is set without --save: it does not say where to write. Add --save "
+                    f"FOLDER or drop {name}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

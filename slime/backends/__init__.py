@@ -30,6 +30,8 @@ def create_backend(args: Args, rank: int, world_size: int, masked_ids: Sequence[
     import torch  # seconds to import; whoever only plans batches goes without
     import torch.distributed as dist
 
+    from slime.backends.randomness import seed_rank
+
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise RuntimeError(
@@ -48,6 +50,7 @@ def create_backend(args: Args, rank: int, world_size: int, masked_ids: Sequence[
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    seed_rank(args.seed, rank)
     if args.train_backend == "megatron":
         from slime.backends.megatron.backend import MegatronBackend
 

@@ -148,11 +148,12 @@ class TrainBackend(Protocol):
         ...
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write model, optimizer and schedule below `path`."""
+        """Write model, optimizer, schedule and this rank's random generators below `path`, onto the disk."""
         ...
 
     def load_checkpoint(self, path: Path) -> None:
-        """Read what `save_checkpoint` wrote, under any number of ranks."""
+        """Read what `save_checkpoint` wrote, under any number of ranks. Under another one than wrote it, the
+        generators are seeded anew."""
         ...
 
     def close(self) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slime.metrics.position import METRICS_FILE
 from slime.metrics.signal import render_signal, signal_changes
 from slime.metrics.summary import Summary, gap_closed, render_table, write_summary
-from slime.metrics.tracker import METRICS_FILE, Tracker
+from slime.metrics.tracker import Tracker
 
 if TYPE_CHECKING:
     from slime.arguments import Args
     from slime.checkpoints import RunState
 
 
-def close_run(args: Args, tracker: Tracker, state: RunState, wall_seconds: float) -> Summary:
+def close_run(args: Args, tracker: Tracker, state: RunState) -> Summary:
     """Print the closing table and write it, and the picture, into the output folder."""
     from slime.metrics.plot import (
         draw_curves,
@@ -28,7 +29,7 @@ def close_run(args: Args, tracker: Tracker, state: RunState, wall_seconds: float
         gap_closed=gap_closed(state.student_before, state.student_after, state.teacher),
         rollouts=state.rollout_id,
         student_tokens=state.student_tokens,
-        wall_seconds=round(wall_seconds, 1),
+        wall_seconds=round(state.wall_seconds, 1),
         backend=args.train_backend,
         engine="replayed" if args.replays else args.engine,
         written_by=args.sample_from,

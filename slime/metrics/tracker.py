@@ -17,9 +17,10 @@ from typing import Any, Literal, Protocol, Self, TextIO
 
 from tensorboard.summary import Writer
 
+from slime.metrics.position import DROPPED_FILE, METRICS_FILE, drop_metrics, mark_start, read_metrics
 from slime.metrics.trace import Trace
 
-METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 CONSOLE_COLUMNS = (
     ("kl", "opd_reverse_kl", "{:.3f}"),
     ("reward", "reward", "{:.2f}"),
@@ -31,7 +32,7 @@ CONSOLE_COLUMNS = (
 """(label, metric, format) of the line per rollout; a metric that a run does not have is left out."""
 APART_NATS = 0.1
 """Mean distance of log-probs beyond what precision explains: float32 gives 1e-5, bfloat16 some 1e-2."""
-CONSOLE_STAGES = ("rollout", "replay", "train", "sync", "save")
+CONSOLE_STAGES = ("rollout", "replay", "train", "sync", "save", "export")
 """Stages whose `perf/<stage>_seconds` end the line."""
 
 
@@ -56,15 +57,23 @@ class TrackerArgs(Protocol):
 class Tracker:
     """Writes metrics as they come; a line that was logged survives whatever happens after."""
 
-    def __init__(self, args: TrackerArgs, console: TextIO = sys.stdout) -> None:
+    def __init__(self, args: TrackerArgs, console: TextIO = sys.stdout, *, first_rollout: int = 0) -> None:
+        """Go on with what the output folder has of rollouts before `first_rollout`, where the run begins."""
         self.output_dir = Path(args.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.records: list[dict[str, float]] = read_metrics(self.output_dir)
         self._num_rollout = args.num_rollout
         self._console = console
+        dropped = drop_metrics(self.output_dir, first_rollout)
+        if dropped:
+            self.say(
+                f"{METRICS_FILE}: what it had of rollout {first_rollout} and later ones comes again ({dropped} "
+                f"line{'' if dropped == 1 else 's'}, now in {self.output_dir / DROPPED_FILE})."
+            )
+        self.records: list[dict[str, float]] = read_metrics(self.output_dir)
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
         self.trace = Trace(self.output_dir)
-        self._tensorboard = Writer(str(self.output_dir / "tensorboard"))
+        mark_start(self.output_dir / TENSORBOARD_FOLDER, first_rollout)
+        self._tensorboard = Writer(str(self.output_dir / TENSORBOARD_FOLDER))
         self._wandb = _start_wandb(args)
 
     def say(self, text: str) -> None:
@@ -124,6 +133,7 @@ class Tracker:
         line = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint counts on it
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, rollout_id)
         self._tensorboard.flush()
@@ -159,18 +169,6 @@ def eval_line(rollout_id: int, metrics: Mapping[str, float], who: str) -> str:
     )
     seconds = metrics.get("perf/eval_seconds")
     return f"eval    {who}{when}: {shown}" + ("" if seconds is None else f"  | {seconds:.1f} s")
-
-
-def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """Return the records of `metrics.jsonl`, oldest first; none if there is no file. Null reads as NaN."""
-    path = output_dir / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [
-        {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        for line in lines
-    ]
 
 
 def _start_wandb(args: TrackerArgs) -> Any:

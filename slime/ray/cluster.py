@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -144,6 +144,14 @@ class Cluster:
         """Call `handle.stop` before the actor is killed."""
         self._to_stop.append(handle)
 
+    def end(self, names: Sequence[str]) -> None:
+        """End some of the actors, in the middle of what they do; nobody misses them from now on."""
+        handles = [self._actors.pop(name) for name in names]
+        self._alarms = {ref: name for ref, name in self._alarms.items() if name not in names}
+        self._expected.clear()
+        self._end([handle for handle in self._to_stop if handle in handles], handles)
+        self._to_stop = [handle for handle in self._to_stop if handle not in handles]
+
     def wait(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
         """Return the results of all `refs`; raise the first error of any of them, of an expected call, or of
         a watched actor, at once.
@@ -170,11 +178,7 @@ class Cluster:
         """End every actor, every server and Ray itself. A second call does nothing."""
         with shielded():
             if ray.is_initialized():
-                stopping = [handle.stop.remote() for handle in self._to_stop]
-                if stopping:
-                    ray.wait(stopping, num_returns=len(stopping), timeout=STOP_SECONDS)
-                for handle in self._actors.values():
-                    ray.kill(handle)
+                self._end(self._to_stop, self._actors.values())
                 ray.shutdown()
             self._actors.clear()
             self._alarms.clear()
@@ -182,6 +186,14 @@ class Cluster:
             self._to_stop.clear()
             if self._folder is not None:
                 self._folder.close()
+
+    @staticmethod
+    def _end(to_stop: Iterable[Any], to_kill: Iterable[Any]) -> None:
+        stopping = [handle.stop.remote() for handle in to_stop]
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=STOP_SECONDS)
+        for handle in to_kill:
+            ray.kill(handle)
 
     def _start_ray(self) -> None:
         os.environ.update({name: value for name, value in RAY_VARIABLES.items() if name not in os.environ})

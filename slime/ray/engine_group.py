@@ -46,6 +46,10 @@ class Engines(Protocol):
         """End all engines that this run has, and start new ones."""
         ...
 
+    def end(self) -> None:
+        """End all engines that this run has, whatever they are doing."""
+        ...
+
 
 class EngineGroup:
     """Engines of this run, one actor each. Starting returns at once; `members` waits."""
@@ -94,6 +98,10 @@ class EngineGroup:
         """End all engines, and start new ones; `members` waits for them."""
         self._everywhere("start_anew")
 
+    def end(self) -> None:
+        """End all engines, whatever they are doing."""
+        self._cluster.end(list(self._actors))
+
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Let the idle engines give memory back."""
         self._everywhere("release_memory", tuple(tags))
@@ -132,6 +140,9 @@ class ExternalEngines:
     def start_anew(self) -> None:
         """Do nothing: whoever started them starts them again."""
 
+    def end(self) -> None:
+        """Do nothing: whoever started them ends them."""
+
     async def _server_info(self) -> list[dict[str, Any]]:
         remedy = "Start it, or correct the address in --rollout-engine-urls."
         async with EngineControl(
@@ -164,4 +175,7 @@ class NoEngines:
         """Do nothing."""
 
     def start_anew(self) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
         """Do nothing."""

@@ -44,6 +44,54 @@ def shielded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Held:
+    """Signals that wait for the end of a block."""
+
+    def __init__(self) -> None:
+        self._arrived: list[int] = []
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Let them raise nevertheless, those that have come too, in a part of the block that may be cut
+        short."""
+        self.let_go()
+        try:
+            yield
+        finally:
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._note)
+
+    def let_go(self) -> None:
+        """Put the handlers back, and raise the first signal that has come."""
+        self.put_back()
+        if self._arrived:
+            signal.raise_signal(self._arrived[0])
+
+    def put_back(self) -> None:
+        """Put the handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._arrived.append(number)
+
+
+@contextmanager
+def held() -> Iterator[Held]:
+    """Let a signal wait until the block has ended: what is in it happens whole, or not at all.
+
+    An error in the block goes before it.
+    """
+    signals = Held()
+    try:
+        yield signals
+    except BaseException:
+        signals.put_back()
+        raise
+    signals.let_go()
+
+
 def exit_status() -> int:
     """Return what the process ends with after a KeyboardInterrupt: 128 and the number of the first signal."""
     return 128 + (_arrived[0] if _arrived else signal.SIGINT)

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 class RolloutGroup:
     """The student's engines and the actor that asks them. Starting returns at once; `wait_ready` waits."""
 
+    name = "rollout"
+
     def __init__(self, cluster: Cluster, args: Args, engines: Engines) -> None:
         self._cluster = cluster
         self._revive: Callable[[], object] | None = None
         self.engines = engines
-        self._actor = cluster.start_actor("rollout", RolloutActor, args)
-        cluster.watch("rollout")
+        self._actor = cluster.start_actor(self.name, RolloutActor, args)
+        cluster.watch(self.name)
         self._ready = self._actor.setup.remote(self.engines.urls)
 
     @property
@@ -77,6 +79,11 @@ class RolloutGroup:
         self.engines.set_generating(False)
         return ordered
 
+    def end(self) -> None:
+        """End who asks the engines, and those engines that are this run's, in the middle of a rollout."""
+        self._cluster.end([self.name])
+        self.engines.end()
+
     def expect_version(self, version: str) -> None:
         """From now on every answer must come from the weights `version`, which all engines have."""
         self._call(self._actor.expect_version, version)
@@ -117,10 +124,12 @@ class RolloutGroup:
 class ReplayGroup(RolloutGroup):
     """Recorded rollouts in their place, read by an actor of its own. The arguments refuse evaluations."""
 
+    name = "replay"
+
     def __init__(self, cluster: Cluster, args: Args) -> None:
         self._cluster = cluster
         self._revive = None
         self.engines: Engines = NoEngines()
-        self._actor = cluster.start_actor("replay", ReplayActor, args)
-        cluster.watch("replay")
+        self._actor = cluster.start_actor(self.name, ReplayActor, args)
+        cluster.watch(self.name)
         self._ready = self._actor.setup.remote()

@@ -115,9 +115,19 @@ class TrainActor(Actor):
             self._ready().offload()
 
     def save(self, path: str) -> None:
-        """Write model, optimizer and schedule below `path`."""
+        """Write model, optimizer, schedule and generators below `path`."""
         with self.stopwatch.stage("save", version=self.weight_version()):
             self._ready().save_checkpoint(Path(path))
+
+    def export(self, path: str) -> None:
+        """Write the weights into the empty folder `path` as Hugging Face's libraries load them."""
+        from slime.weight_sync.checked import checked
+        from slime.weight_sync.disk import fill_folder
+
+        checkpoint = Path(self._args.hf_checkpoint)
+        with self.stopwatch.stage("export", version=self.weight_version()):
+            parameters = checked(self._ready().hf_named_parameters(), checkpoint)
+            fill_folder(parameters, Path(path), checkpoint=checkpoint, writes=self._rank == 0)
 
     def load(self, path: str) -> None:
         """Read what `save` wrote."""

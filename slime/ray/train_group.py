@@ -39,7 +39,7 @@ class TrainGroup:
         """Steps whose weights have been compared."""
         self._probe: ray.ObjectRef | None = None
         self.step = 0
-        """Optimizer steps behind the published weights; as a string, their version."""
+        """Optimizer steps behind the weights; as a string, their version."""
         self._scheduling = _scheduling(cluster)
         self._actors = [
             cluster.start_actor(
@@ -107,6 +107,7 @@ class TrainGroup:
             actor.train.remote(rollout_id, shard) for actor, shard in zip(self._actors, shards, strict=True)
         ]
         metrics = self._cluster.wait(refs)[0]
+        self._count_steps()
         ended = time.perf_counter()
         times = {"perf/train_seconds": ended - begin, "perf/take_turn_seconds": begin - start}
         return metrics | compared | times
@@ -139,9 +140,18 @@ class TrainGroup:
             self._compare()
 
     def save(self, checkpoint: Path) -> None:
-        """Write model, optimizer and schedule into the folder of a checkpoint."""
+        """Write model, optimizer, schedule and generators into the folder of a checkpoint."""
         self._turns.to_training()
         self._everywhere("save", str(checkpoint.resolve() / TRAINER_FOLDER))
+
+    def export(self, folder: Path) -> None:
+        """Write the weights into an empty folder as Hugging Face's libraries load them."""
+        self._turns.to_training()
+        self._everywhere("export", str(folder.resolve()))
+
+    def outlive_engines(self) -> None:
+        """Take all memory: the engines have been ended, in whatever turn it was."""
+        self._turns.to_the_end()
 
     def load(self, checkpoint: Path) -> None:
         """Read what `save` wrote."""
@@ -150,7 +160,7 @@ class TrainGroup:
 
     def _publish(self, rollouts: RolloutGroup) -> dict[str, float]:
         start = time.perf_counter()
-        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
+        self._count_steps()
         if not rollouts.has_engines:
             return {}
         version = str(self.step)
@@ -170,6 +180,9 @@ class TrainGroup:
             self._probed.add(self.step)
         # Sharing GPUs, the trainers compare when it is their turn again: the weights are still these.
         return metrics | (self._compare() if isinstance(self._turns, Apart) else {})
+
+    def _count_steps(self) -> None:
+        self.step = self._cluster.wait([self._actors[0].weight_version.remote()])[0]
 
     def _probe_is_due(self) -> bool:
         when = self._args.check_weight_sync

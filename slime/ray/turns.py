@@ -83,6 +83,11 @@ class Turns:
         self._engines.resume_memory(CACHES)
         self.turn = Turn.GENERATION
 
+    def to_the_end(self) -> None:
+        """Let the trainers have the GPUs, whosesoever turn it is: the engines have been ended."""
+        self._trainers.onload()
+        self.turn = Turn.TRAINING
+
     def _leave(self, turn: Turn, purpose: str) -> None:
         if self.turn is not turn:
             raise RuntimeError(
@@ -100,4 +105,7 @@ class Apart:
         """Do nothing."""
 
     def to_generation(self) -> None:
+        """Do nothing."""
+
+    def to_the_end(self) -> None:
         """Do nothing."""

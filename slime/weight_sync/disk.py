@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from slime.weight_sync.base import EngineMember, Parameters, drain
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
+DTYPE_KEYS = ("dtype", "torch_dtype")
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 
 
@@ -67,31 +69,55 @@ def write_weights(
     """Stream `parameters` into a Hugging Face folder `target` beside the files of `checkpoint`; return the
     bytes.
 
-    Gathering is collective, so every rank calls this and goes through all `parameters`; only the one that
-    `writes` touches the disk. It holds at most one shard in memory.
+    `target` is there whole or not at all. Gathering is collective, so every rank calls this and goes through
+    all `parameters`; only the one that `writes` touches the disk.
 
     Raises:
         FileExistsError: `target` is there already.
     """
-    if not writes:
-        drain(parameters)
-        return 0
-    if target.exists():
-        raise FileExistsError(f"{target} exists; a version of the weights is published once.")
     partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True)
+    if writes and target.exists():
+        raise FileExistsError(f"{target} exists; a version of the weights is published once.")
+    if writes:
+        partial.mkdir(parents=True)
     try:
-        copy_companions(checkpoint, partial)
-        shards, total = [], 0
-        for number, shard in enumerate(_shards(parameters, max_shard_bytes)):
-            save_file(shard, partial / f"shard-{number}", metadata={"format": "pt"})
-            shards.append(list(shard))
-            total += sum(tensor.nbytes for tensor in shard.values())
-        _name_shards(partial, shards, total)
-        partial.rename(target)
+        total = fill_folder(
+            parameters, partial, checkpoint=checkpoint, writes=writes, max_shard_bytes=max_shard_bytes
+        )
+        if writes:
+            partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return total
+
+
+def fill_folder(
+    parameters: Parameters,
+    folder: Path,
+    *,
+    checkpoint: Path,
+    writes: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write `parameters` and the files of `checkpoint` that are no weights into an empty folder; return the
+    bytes of the weights. Collective as `write_weights` is; at most one shard is in memory.
+
+    The config says in which precision the weights are, which need not be the checkpoint's.
+    """
+    if not writes:
+        drain(parameters)
+        return 0
+    copy_companions(checkpoint, folder)
+    shards, total, dtype = [], 0, None
+    for number, shard in enumerate(_shards(parameters, max_shard_bytes)):
+        save_file(shard, folder / f"shard-{number}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+        dtype = next(iter(shard.values())).dtype
+    _name_shards(folder, shards, total)
+    if dtype is not None:
+        _say_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
     return total
 
 
@@ -100,6 +126,21 @@ def copy_companions(checkpoint: Path, target: Path) -> None:
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
+
+
+def _say_dtype(path: Path, dtype: str) -> None:
+    """Let the config, and those in it of the parts, name `dtype` wherever they name a precision."""
+    if not path.is_file():
+        return
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: dtype if name in DTYPE_KEYS else renamed(inner) for name, inner in value.items()}
+
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if renamed(config) != config:
+        path.write_text(json.dumps(renamed(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(parameters: Parameters, max_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -169,7 +169,7 @@ def jobs_of(cases: dict[str, Case], models: dict[str, Path]) -> dict[str, Job]:
     }
 
 
-def run(jobs: dict[str, Job], folder: Path, ranks: int, timeout: float = 280) -> dict[str, list[Outcome]]:
+def run(jobs: dict[str, Job], folder: Path, ranks: int, timeout: float = 500) -> dict[str, list[Outcome]]:
     outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks, timeout)
     return dict(zip(jobs, outcomes, strict=True))
 

@@ -12,10 +12,12 @@ from typing import Any, cast
 import pytest
 
 from slime import train as loop
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
+from slime.checkpoints import Maker, RunState, begin_checkpoint, finish_checkpoint, resume_point
 from slime.metrics.trace import Span
 from slime.ray.cluster import EnginesLost
+from slime.ray.interrupts import listen
 from slime.ray.rollout_actor import RolloutResult
+from slime.tiny.paths import checkpoint_path
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class _Args:
     load: str | None = None
     save: str | None = None
     save_interval: int | None = None
+    save_keep: int = 0
+    save_hf_interval: int | None = None
+    hf_checkpoint: str = str(checkpoint_path("student"))
+    train_backend: str = "fsdp"
+    num_train_ranks: int = 1
     async_rollout: bool = False
 
 
@@ -71,6 +78,9 @@ class _Rollouts:
         self.position += 1
         return RolloutResult(shards=[], metrics={"response_tokens": 10.0 + rollout_id})
 
+    def end(self) -> None:
+        self.calls.append("engines ended")
+
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
@@ -91,18 +101,24 @@ class _Trainers:
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         self.calls.append(f"train {rollout_id}")
         self.taken += 1
+        self.step = self.taken
         return {"loss": 1.0}
 
     def publish_weights(self, rollouts: _Rollouts) -> dict[str, float]:
-        self.step = self.taken
         self.calls.append(f"publish {self.step}")
         return {"perf/sync_seconds": 0.1}
 
     def finish(self) -> None:
         """Nothing waits for its turn here."""
 
+    def outlive_engines(self) -> None:
+        self.calls.append("all memory")
+
     def save(self, checkpoint: Any) -> None:
         self.calls.append(f"save {checkpoint.name}")
+
+    def export(self, folder: Any) -> None:
+        self.calls.append(f"export {folder.name}")
 
     def load(self, checkpoint: Any) -> None:
         self.calls.append(f"load {checkpoint.name}")
@@ -128,6 +144,8 @@ class _Tracker:
         return metrics["eval/accuracy"]
 
 
+MAKER = Maker(train_backend="fsdp", num_train_ranks=1, model={})
+AHEAD = _Args(async_rollout=True, eval_teacher=False, eval_interval=2, skip_eval_before_train=True)
 WAITS = ("perf/step_seconds", "perf/wait_for_rollout_seconds", "perf/wait_for_train_seconds")
 
 
@@ -135,8 +153,7 @@ def _run(args: _Args, rollouts_class: type[_Rollouts] = _Rollouts) -> tuple[list
     calls: list[str] = []
     tracker = _Tracker()
     rollouts, trainers = cast(Any, rollouts_class(calls)), cast(Any, _Trainers(calls))
-    state, checkpoint = loop.resume_point(args.load)
-    loop.train(cast(Any, args), cast(Any, tracker), rollouts, trainers, state, checkpoint)
+    state = loop.train(cast(Any, args), resume_point(args.load), cast(Any, tracker), rollouts, trainers)
     return calls, tracker, state
 
 
@@ -154,7 +171,12 @@ def test_the_stages_come_in_order():
     assert {name: metrics.pop(name) >= 0 for name in WAITS} == dict.fromkeys(WAITS, True)
     assert metrics == {"response_tokens": 10.0, "loss": 1.0, "perf/sync_seconds": 0.1}
     assert state == RunState(
-        rollout_id=2, student_tokens=21, student_before=0.3, student_after=0.5, teacher=1.0
+        rollout_id=2,
+        student_tokens=21,
+        student_before=0.3,
+        student_after=0.5,
+        teacher=1.0,
+        data={"position": 2},
     )
 
 
@@ -184,18 +206,135 @@ def test_when_a_checkpoint_is_written(tmp_path, interval, saved):
     assert "perf/save_seconds" in tracker.rollouts[-1][2]
 
 
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
+    _run(_Args(num_rollout=4, save=str(tmp_path), save_interval=1, save_keep=keep))
+    assert sorted(path.name for path in tmp_path.glob("*rollout-*")) == [f"rollout-{n:06d}" for n in left]
+    assert (tmp_path / "latest").read_text() == "rollout-000004"
+
+
+def test_a_checkpoint_counts_when_the_metrics_of_its_rollout_are_written(tmp_path):
+    """A run that is killed in between goes on from the one before, and makes the rollout again."""
+
+    class Killed(_Tracker):
+        def log(self, rollout_id: int, step: int, metrics: dict[str, float]) -> None:
+            super().log(rollout_id, step, metrics)
+            if rollout_id == 1:
+                raise SystemExit("killed")
+
+    calls: list[str] = []
+    args = _Args(save=str(tmp_path), save_interval=1)
+    parts = (args, resume_point(None), Killed(), _Rollouts(calls), _Trainers(calls))
+    with pytest.raises(SystemExit):
+        loop.train(*cast(Any, parts))
+    assert calls[-3:] == ["train 1", "save .rollout-000002.partial", "publish 2"]
+    assert resume_point(str(tmp_path)).state.rollout_id == 1
+    assert not (tmp_path / "rollout-000002").exists()
+
+
+STAGES = {
+    # where the signal comes -> the loop's last call, and how many rollouts the checkpoint has
+    "eval 2": ("eval 2", 2),
+    "generate 1": ("generate 1", 1),
+    "train 1": ("train 1", 2),
+    "publish 2": ("publish 2", 2),
+    "log 1": ("publish 2", 2),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_saves_what_has_been_trained(tmp_path, stage: str):
+    """Wherever it comes: a training is finished first, a rollout is lost, and metrics are there up to the
+    checkpoint."""
+    last, saved = STAGES[stage]
+    calls, tracker = _signalled(stage, _Args(save=str(tmp_path), eval_interval=2))
+    ending = ["engines ended", "all memory", f"save .rollout-{saved:06d}.partial"]
+    assert calls[calls.index(last) :] == [last, *ending]
+    assert [(rollout_id, step) for rollout_id, step, _ in tracker.rollouts] == [
+        (rollout_id, rollout_id + 1) for rollout_id in range(saved)
+    ]
+    point = resume_point(str(tmp_path))
+    assert (point.state.rollout_id, point.state.data) == (saved, {"position": saved})
+
+
+@pytest.mark.parametrize("stage", ["train 1", "collect 2"])
+def test_a_signal_drops_the_rollout_ahead(tmp_path, stage: str):
+    args = replace(AHEAD, save=str(tmp_path))
+    calls, tracker = _signalled(stage, args)
+    assert calls[-3:] == ["engines ended", "all memory", "save .rollout-000002.partial"]
+    assert "publish 2" not in calls
+    assert [(rollout_id, step) for rollout_id, step, _ in tracker.rollouts] == [(0, 1), (1, 2)]
+    point = resume_point(str(tmp_path))
+    assert (point.state.rollout_id, point.state.data) == (2, {"position": 2})
+
+
+AT_ONCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "nowhere to save": ("generate 1", {}),
+    "nothing to save": ("generate 0", {"save": "folder"}),
+    "all saved": ("generate 1", {"save": "folder", "save_interval": 1}),
+}
+
+
+@pytest.mark.parametrize(("stage", "flags"), AT_ONCE.values(), ids=AT_ONCE)
+def test_a_signal_with_nothing_to_save_ends_at_once(tmp_path, monkeypatch, stage: str, flags: dict[str, Any]):
+    monkeypatch.chdir(tmp_path)
+    calls, _ = _signalled(stage, _Args(**flags))
+    assert calls[-1] == stage
+
+
+def _signalled(stage: str, args: _Args) -> tuple[list[str], _Tracker]:
+    """Run the loop, and send SIGTERM while it does what `stage` says."""
+
+    class Calls(list[str]):
+        def append(self, call: str) -> None:
+            super().append(call)
+            if call == stage:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    class Tracker(_Tracker):
+        def log(self, rollout_id: int, step: int, metrics: dict[str, float]) -> None:
+            if stage == f"log {rollout_id}":
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().log(rollout_id, step, metrics)
+
+    calls, tracker = Calls(), Tracker()
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    listen()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(
+                cast(Any, args),
+                resume_point(None),
+                cast(Any, tracker),
+                cast(Any, _Rollouts(calls)),
+                cast(Any, _Trainers(calls)),
+            )
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+    return calls, tracker
+
+
+def test_models_for_others_are_written_beside_the_checkpoints(tmp_path):
+    calls, tracker, _ = _run(_Args(save=str(tmp_path), save_hf_interval=2))
+    written = [call for call in calls if call.startswith(("export", "save"))]
+    assert written == [
+        "export .rollout-000002.partial",
+        *("save .rollout-000003.partial", "export .rollout-000003.partial"),
+    ]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["rollout-000002", "rollout-000003"]
+    assert ["perf/export_seconds" in metrics for _, _, metrics in tracker.rollouts] == [False, True, True]
+
+
 def test_a_loaded_run_goes_on_and_asks_the_teacher_no_second_time(tmp_path):
     before = RunState(rollout_id=2, student_tokens=5, student_before=0.3, teacher=1.0, data={"position": 4})
-    finish_checkpoint(begin_checkpoint(tmp_path, 2), before)
+    finish_checkpoint(begin_checkpoint(tmp_path, 2), before, MAKER)
     calls, _, state = _run(_Args(load=str(tmp_path)))
     assert calls == [
         *("trainers ready", "rollouts ready", "load rollout-000002", "data {'position': 4}", "publish 0"),
         *("generate 2", "train 2", "publish 1", "eval 3"),
     ]
     assert (state.student_tokens, state.student_before, state.teacher) == (5 + 12, 0.3, 1.0)
-
-
-AHEAD = _Args(async_rollout=True, eval_teacher=False, eval_interval=2, skip_eval_before_train=True)
 
 
 def test_a_rollout_made_ahead_is_ordered_before_the_training_and_whole_before_weights_change():
@@ -267,7 +406,7 @@ def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():
         def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
             raise RuntimeError("the loss is no number")
 
-    parts = (AHEAD, _Tracker(), _Rollouts(calls), Failing(calls), RunState(), None)
+    parts = (AHEAD, resume_point(None), _Tracker(), _Rollouts(calls), Failing(calls))
     with pytest.raises(RuntimeError, match="the loss is no number"):
         loop.train(*cast(Any, parts))
     assert calls[-2:] == ["generate 0", "order 1"]

@@ -27,6 +27,7 @@ from scripts.benchmarks.learning_curves.results import Result
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
 from slime.backends.fsdp.backend import FsdpBackend
+from slime.checkpoints import ResumePoint, RunState
 from slime.data.vocabulary import never_sampled
 from slime.engines.model_facts import model_facts
 from slime.engines.process import free_port
@@ -164,7 +165,7 @@ def run_locally(run: Run, setting: Setting, teacher_accuracy: float, folder: Pat
         stack.enter_context(closing(rollouts))
         trainers = stack.enter_context(closing(LocalTrainers(args, setting.engine_url, weights.path)))
         with suppress(StopRunError):
-            train(args, tracker, cast(Any, rollouts), cast(Any, trainers))
+            train(args, ResumePoint(state=RunState()), tracker, cast(Any, rollouts), cast(Any, trainers))
         final = held_against_teacher(run.case, setting, folder)
     records = tracker.records
     return Result(

@@ -19,6 +19,7 @@ from slime.backends.fsdp.loading import load_policy
 from slime.backends.fsdp.model import PolicyModel, reshard
 from slime.backends.fsdp.optimizer import build_adamw, clip_by_norm, global_norm, local_gradients
 from slime.backends.parking import Parking
+from slime.backends.randomness import RANDOM_FOLDER, load_random_state, save_random_state
 from slime.backends.schedule import LearningRate
 from slime.backends.scores import Scores, scores_of
 
@@ -36,6 +37,7 @@ class FsdpBackend:
         self.rank = rank
         self.world_size = world_size
         self._device = device
+        self._seed = args.seed
         self._clip_grad = args.clip_grad
         self._compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
         self._steps = 0
@@ -190,12 +192,16 @@ class FsdpBackend:
         self._parking.unpark()
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write model, optimizer and schedule below `path`. Collective."""
+        """Write model, optimizer, schedule and generators below `path`. Collective."""
         save_sharded(path, self._student.hf, self._optimizer, self._steps)
+        save_random_state(path / RANDOM_FOLDER, self.rank)
 
     def load_checkpoint(self, path: Path) -> None:
         """Read what `save_checkpoint` wrote, under any number of ranks. Collective."""
         self._steps = load_sharded(path, self._student.hf, self._optimizer)
+        load_random_state(
+            path / RANDOM_FOLDER, self.rank, self.world_size, seed=self._seed, steps=self._steps
+        )
 
     def close(self) -> None:
         """Leave the process group."""

@@ -31,6 +31,7 @@ from slime.backends.megatron.parallel import Parallelism, Ranks
 from slime.backends.megatron.parameters import Named, mark_shared, named_parameters
 from slime.backends.megatron.shape import read_config, require_declared, require_same_tokens, shape_of
 from slime.backends.parking import Parking
+from slime.backends.randomness import RANDOM_FOLDER, load_random_state, save_random_state
 from slime.backends.schedule import LearningRate
 from slime.backends.scores import Scores, scores_of
 
@@ -311,12 +312,18 @@ class MegatronBackend:
         self._parking.unpark()
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write model, optimizer and schedule below `path`. Collective."""
+        """Write model, optimizer, schedule and generators below `path`. Collective."""
         save_sharded(path, self._exporter, self._state, self._steps)
+        save_random_state(path / RANDOM_FOLDER, self.rank, self._ranks.generators.get_states())
 
     def load_checkpoint(self, path: Path) -> None:
         """Read what `save_checkpoint` wrote, under any number of ranks. Collective."""
         self._steps = load_sharded(path, self._parameters, self._state)
+        trackers = load_random_state(
+            path / RANDOM_FOLDER, self.rank, self.world_size, seed=self._args.seed, steps=self._steps
+        )
+        if trackers:
+            self._ranks.generators.set_states(trackers)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -21,6 +21,7 @@ from slime.backends.megatron.export import Exporter
 from slime.backends.megatron.loading import Checkpoint, differences
 from slime.backends.megatron.optimizer_state import KINDS, OptimizerState
 from slime.backends.megatron.parameters import Named
+from slime.durable import sync_tree
 
 STEPS_FILE = "steps.json"
 MAX_FILE_BYTES = 2 * 2**30
@@ -33,6 +34,7 @@ def save_sharded(path: Path, exporter: Exporter, state: OptimizerState, steps: i
     dist.barrier()
     if dist.get_rank() == 0:  # says that the rest is complete
         (path / STEPS_FILE).write_text(json.dumps({"steps": steps}), encoding="utf-8")
+        sync_tree(path)
     dist.barrier()
 
 

@@ -141,6 +141,11 @@ class Ranks:
         """Among the ranks of expert parallelism, and among those that share an expert."""
 
     @property
+    def generators(self) -> Any:
+        """Megatron's random generators of a GPU: the one for what ranks hold alike, and those for shards."""
+        return tensor_parallel.get_cuda_rng_tracker()
+
+    @property
     def sharing(self) -> Sharing:
         """How a row is shared, seen from this rank."""
         return Sharing(

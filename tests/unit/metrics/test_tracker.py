@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from slime.metrics.tracker import Tracker, console_line, read_metrics
+from slime.metrics.position import DROPPED_FILE, read_metrics
+from slime.metrics.tracker import Tracker, console_line
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,36 @@ def test_nan_is_null_in_the_file_and_nan_when_read(tmp_path):
 
 def test_a_resumed_run_appends_and_knows_its_past(tmp_path):
     for rollout_id in (0, 1):
-        with Tracker(_Args(str(tmp_path)), io.StringIO()) as tracker:
+        console = io.StringIO()
+        with Tracker(_Args(str(tmp_path)), console, first_rollout=rollout_id) as tracker:
             tracker.log(rollout_id, rollout_id + 1, METRICS)
     assert [record["rollout_id"] for record in tracker.records] == [0, 1]
     assert len(read_metrics(tmp_path)) == 2
+    assert DROPPED_FILE not in console.getvalue()
+
+
+def test_what_was_logged_after_the_checkpoint_is_set_aside_and_comes_again(tmp_path):
+    with Tracker(_Args(str(tmp_path)), io.StringIO()) as tracker:
+        for rollout_id in range(4):
+            tracker.log(rollout_id, rollout_id + 1, {"reward": 0.1})
+            tracker.log_eval(rollout_id + 1, rollout_id + 1, {"eval/accuracy": 0.5}, "student")
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"rollout_id": 1, "ste')  # the machine went down
+    console = io.StringIO()
+    with Tracker(_Args(str(tmp_path)), console, first_rollout=2) as tracker:
+        assert [record["rollout_id"] for record in tracker.records] == [0, 1, 1]
+        tracker.log_eval(2, 2, {"eval/accuracy": 0.75}, "student")
+        tracker.log(2, 3, {"reward": 0.2})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == before[:3]
+    assert [record["rollout_id"] for record in read_metrics(tmp_path)] == [0, 1, 1, 2, 2]
+    assert (tmp_path / DROPPED_FILE).read_text().splitlines() == [*before[3:], '{"rollout_id": 1, "ste']
+    said = f"had of rollout 2 and later ones comes again (6 lines, now in {tmp_path / DROPPED_FILE})"
+    assert said in console.getvalue()
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))  # as TensorBoard reads
+    events.Reload()
+    assert [event.step for event in events.Tensors("reward")] == [0, 1, 2]
+    assert [event.tensor_proto.float_val[0] for event in events.Tensors("eval/accuracy")] == [0.5, 0.75]
 
 
 def test_tensorboard_has_the_scalars_by_rollout(tmp_path):

@@ -14,10 +14,11 @@ from typing import Any, cast
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from slime.ray.actor import Actor, Surroundings
 from slime.ray.cluster import ActorError, Cluster
-from slime.ray.interrupts import ignore, listen, shielded
+from slime.ray.interrupts import held, ignore, listen, shielded
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
     assert folder is not None
     assert not folder.path.exists()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -108,10 +109,10 @@ def test_results_come_in_the_order_of_their_calls(cluster):
 
 def test_an_error_arrives_with_its_traceback_while_others_still_work(cluster):
     slow, failing = _start(cluster, "slow"), _start(cluster, "failing")
-    start = time.monotonic()
+    working = slow.sleep.remote(600)
     with pytest.raises(ActorError, match="the answer is no number") as caught:
-        cluster.wait([slow.sleep.remote(120), failing.fail.remote()])
-    assert time.monotonic() - start < 100
+        cluster.wait([working, failing.fail.remote()])
+    assert ray.wait([working], timeout=0)[0] == []
     assert "in fail" in str(caught.value)
 
 
@@ -121,7 +122,7 @@ def test_a_watched_actors_death_ends_the_wait_for_another(cluster):
     cluster.wait([dying.pid.remote()])
     dying.die.remote()
     with pytest.raises(ActorError, match=r"(?s)dying died.*last words"):
-        cluster.wait([slow.sleep.remote(120)])
+        cluster.wait([slow.sleep.remote(600)])
     cluster._alarms.clear()
 
 
@@ -131,7 +132,7 @@ def test_a_call_that_nobody_waits_for_yet_ends_the_wait_for_another_by_its_failu
     cluster.expect(done)
     cluster.expect(failed)
     with pytest.raises(ActorError, match="the answer is no number"):
-        cluster.wait([slow.sleep.remote(120)])
+        cluster.wait([slow.sleep.remote(600)])
     cluster._expected.clear()
     assert isinstance(cluster.wait([done])[0], int)
 
@@ -140,11 +141,26 @@ def test_spans_are_taken_while_the_actor_works_on(cluster, monkeypatch):
     worker = _start(cluster, "measured")
     monkeypatch.setattr(cluster, "_actors", {"measured": worker})  # another test's is dead
     cluster.wait([worker.measure.remote(5)])
-    busy = worker.sleep.remote(120)
+    busy = worker.sleep.remote(600)
     (span,) = cluster.take_spans()["measured"]
     assert (span.stage, span.facts) == ("work", {"rollout_id": 5})
     assert cluster.take_spans()["measured"] == []
     assert ray.wait([busy], timeout=0)[0] == []
+
+
+def test_nobody_misses_an_actor_that_was_ended(cluster):
+    """Neither the end of its watch nor that of a call of it that was expected ends the wait for another."""
+    doomed, other = _start(cluster, "doomed"), _start(cluster, "left")
+    cluster.watch("doomed")
+    busy = doomed.sleep.remote(120)
+    cluster.expect(busy)
+    (pid,) = cluster.wait([doomed.pid.options(concurrency_group="control").remote()])
+    cluster.end(["doomed"])
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
+    assert not psutil.pid_exists(pid)
+    with pytest.raises(RayActorError):
+        ray.get(busy)
+    assert isinstance(cluster.wait([other.pid.remote()])[0], int)
 
 
 def test_rays_open_ports_ask_for_a_token(cluster):
@@ -191,6 +207,36 @@ def test_signals_raise_while_the_run_works_and_not_while_it_ends():
         os.kill(os.getpid(), signal.SIGTERM)
     ignore()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_waits_for_what_must_not_be_cut_short():
+    done = []
+
+    def work() -> None:
+        with held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("whole")
+
+    listen()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["whole"]
+    with held():
+        done.append("no signal")
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_error_goes_before_a_signal_that_waits():
+    def fail() -> None:
+        with held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError("the real fault")
+
+    listen()
+    with pytest.raises(ValueError, match="the real fault"):
+        fail()
 
 
 def test_a_long_temporary_folder_is_too_long_for_rays_sockets(monkeypatch, tmp_path):

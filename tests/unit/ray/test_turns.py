@@ -133,8 +133,21 @@ def test_the_message_says_whose_turn_it_is(gpu: Gpu) -> None:
         turns.to_training()
 
 
+@pytest.mark.parametrize("turns_before", [0, 1, 2])
+def test_without_engines_the_trainers_have_everything(gpu: Gpu, turns_before: int) -> None:
+    turns = Turns(gpu, gpu)
+    for step in (turns.to_training, turns.to_sync)[:turns_before]:
+        step()
+    gpu.engine.clear()
+    turns.to_the_end()
+    gpu.train()
+    turns.to_training()
+    gpu.train()
+
+
 def test_apart_nobody_is_asked_for_anything() -> None:
     turns = Apart()
     turns.to_generation()
     turns.to_training()
     turns.to_sync()
+    turns.to_the_end()

@@ -54,6 +54,15 @@ def test_shards_over_the_limit_come_with_an_index(tmp_path, checkpoint, weights)
         assert torch.equal(load_file(target / file_name)[name], weights[name])
 
 
+def test_the_config_says_in_which_precision_the_weights_are(tmp_path, checkpoint, weights):
+    config = {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "layers": 2}, "tie": True}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    write_weights(iter(weights.items()), tmp_path / "v", checkpoint=checkpoint, writes=True)
+    written = json.loads((tmp_path / "v" / "config.json").read_text())
+    assert written == {"dtype": "float32", "text_config": {"dtype": "float32", "layers": 2}, "tie": True}
+    assert json.loads((checkpoint / "config.json").read_text()) == config
+
+
 def test_views_of_one_storage_and_gradients_can_be_written(tmp_path, checkpoint, weights):
     stacked = torch.stack(list(weights.values())).requires_grad_()
     views = ((name, stacked[i]) for i, name in enumerate(weights))

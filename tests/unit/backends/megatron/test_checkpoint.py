@@ -149,13 +149,17 @@ def test_a_run_goes_on_in_the_fused_kernel(
     assert all(stepped)
 
 
-def test_half_precision_keeps_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
-    unbroken = train(models["dense"], job(3, *MEGATRON, *BFLOAT16))
-    train(models["dense"], job(2, *MEGATRON, *BFLOAT16, save=tmp_path))
-    outcome = train(models["dense"], job(1, *MEGATRON, *BFLOAT16, load=tmp_path))
+@pytest.mark.parametrize(("flags", "dtype"), [((), torch.float32), (BFLOAT16, torch.bfloat16)])
+def test_alone_a_run_goes_on_bit_for_bit(
+    models: dict[str, Path], tmp_path: Path, flags: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """Half precision too: its master weights are kept."""
+    unbroken = train(models["dense"], job(3, *MEGATRON, *flags))
+    train(models["dense"], job(2, *MEGATRON, *flags, save=tmp_path))
+    outcome = train(models["dense"], job(1, *MEGATRON, *flags, load=tmp_path))
     assert outcome.metrics[-1] == unbroken.metrics[-1]
     for name, weight in unbroken.weights.items():
-        assert weight.dtype == torch.bfloat16
+        assert weight.dtype == dtype
         assert torch.equal(outcome.weights[name], weight), name
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("megatron.core")
 
 from scripts.convert_mcore_to_hf import main
 from slime.backends.batching import MicroBatch, MicroBatchBuilder
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint
+from slime.checkpoints import CheckpointError, RunState, begin_checkpoint, finish_checkpoint, maker_of
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.weight_sync.disk import write_weights
@@ -38,7 +38,7 @@ def test_engines_and_converted_folders_have_the_trainers_log_probs(tmp_path: Pat
         synced = tmp_path / "synced"
         write_weights(backend.hf_named_parameters(), synced, checkpoint=model, writes=True)
         backend.save_checkpoint(partial / "trainer")
-    finish_checkpoint(partial, RunState(rollout_id=1))
+    finish_checkpoint(partial, RunState(rollout_id=1), maker_of(args))
     assert (trained - before).abs().max() > 0.01
     torch.testing.assert_close(log_probs(synced, batch), trained, rtol=0, atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_engines_and_converted_folders_have_the_trainers_log_probs(tmp_path: Pat
     found = load_file(converted / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint"):
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
         main([*command[:1], str(model), *command[2:]])
 
 
