@@ -171,8 +171,8 @@ def jobs_of(cases: dict[str, Case], models: dict[str, Path]) -> dict[str, Job]:
     }
 
 
-def run(jobs: dict[str, Job], folder: Path, ranks: int) -> dict[str, list[Outcome]]:
-    outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks)
+def run(jobs: dict[str, Job], folder: Path, ranks: int, timeout: float = 500) -> dict[str, list[Outcome]]:
+    outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks, timeout)
     return dict(zip(jobs, outcomes, strict=True))
 
 
@@ -309,16 +309,18 @@ def test_the_comparison_can_see(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_more_cases_on_two_ranks(models: dict[str, Path], tmp_path: Path) -> None:
-    outcomes = run(jobs_of(MORE_CASES, models), tmp_path, 2)
+    outcomes = run(jobs_of(MORE_CASES, models), tmp_path, 2, timeout=800)
     for name, case in MORE_CASES.items():
         for outcome in outcomes[name]:
             assert_same(outcome, expected(models, case))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_four_ranks_agree_with_fsdp(models: dict[str, Path], tmp_path: Path) -> None:
-    outcomes = run(jobs_of(FOUR_RANKS, models), tmp_path, 4)
+    outcomes = run(jobs_of(FOUR_RANKS, models), tmp_path, 4, timeout=800)
     for name, case in FOUR_RANKS.items():
         for outcome in outcomes[name]:
             assert_same(outcome, expected(models, case))

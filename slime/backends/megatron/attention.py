@@ -125,7 +125,10 @@ class PackedCoreAttention(MegatronModule):
         key, value = (
             tensor_parallel.gather_from_sequence_parallel_region(
                 states.contiguous(), tensor_parallel_output_grad=True, group=self._context
-            ).index_select(0, order)
+            )
+            .index_select(0, order)
+            # On a GPU the only kernel that takes a mask and fewer heads of keys holds all scores at once.
+            .repeat_interleave(self.num_key_value_groups, dim=1)
             for states in (key, value)
         )
         attended, start = [], 0
@@ -138,7 +141,6 @@ class PackedCoreAttention(MegatronModule):
                 *(part.transpose(0, 1)[None] for part in parts),
                 attn_mask=mask,
                 scale=self._scale,
-                enable_gqa=True,
             )
             attended.append(output[0].transpose(0, 1).flatten(1))
             start += length

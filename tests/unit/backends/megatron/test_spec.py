@@ -1,4 +1,4 @@
-"""What layers are made of: nothing in them waits for the device."""
+"""What layers are made of, and that nothing in them waits for the device."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 pytest.importorskip("megatron.core")
 
 from slime.backends.batching import MicroBatchBuilder
+from slime.backends.megatron import spec
 from slime.backends.megatron.backend import MegatronBackend
 from slime.trainer import build_shards
 from slime.utils.processing_utils import load_processor
@@ -67,3 +68,19 @@ def test_layers_do_not_wait_for_the_device(tmp_path: Path, recomputed: tuple[str
         backend.forward_backward([batch], lambda outputs, _: (outputs.log_probs.sum(), {}))
     assert watch.entered == len(layers) * (2 if recomputed else 1)
     assert watch.waits == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "dtype", "used"),
+    [
+        (True, "cuda", torch.bfloat16, True),
+        (True, "cuda", torch.float32, False),
+        (True, "cpu", torch.bfloat16, False),
+        (False, "cuda", torch.bfloat16, False),
+    ],
+)
+def test_transformer_engine_is_used_where_it_can_attend(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, device: str, dtype: torch.dtype, used: bool
+) -> None:
+    monkeypatch.setattr(spec, "HAVE_TE", installed)
+    assert spec.uses_transformer_engine(torch.device(device), dtype) is used
