@@ -131,12 +131,16 @@ def keep_newest(newest: Path, count: int) -> None:
 
 def maker_of(args: Args) -> Maker:
     """Return what a checkpoint of this run is known by; `--hf-checkpoint` is a folder."""
-    config = json.loads((Path(args.hf_checkpoint) / "config.json").read_text(encoding="utf-8"))
     return Maker(
         train_backend=args.train_backend,
         num_train_ranks=args.num_train_ranks,
-        model=dict(_flat(config)),
+        model=model_of(Path(args.hf_checkpoint)),
     )
+
+
+def model_of(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model's folder as `Maker.model` holds it."""
+    return dict(_flat(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
 
 
 # ---- finding and reading ----

@@ -8,7 +8,7 @@ and shapes of the model's checkpoint: each rank reads its slices by the table th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +32,8 @@ def save_sharded(path: Path, exporter: Exporter, state: OptimizerState, steps: i
     for kind in KINDS:
         _write(path / kind, exporter.export(torch.float32, partial(state.read, kind)))
     dist.barrier()
-    if dist.get_rank() == 0:  # says that the rest is complete
-        (path / STEPS_FILE).write_text(json.dumps({"steps": steps}), encoding="utf-8")
-        sync_tree(path)
+    if dist.get_rank() == 0:
+        write_steps(path, steps)
     dist.barrier()
 
 
@@ -51,7 +50,8 @@ def load_sharded(path: Path, parameters: Sequence[Named], state: OptimizerState)
             "--load takes a folder that --save wrote with the same backend."
         )
     steps = int(json.loads((path / STEPS_FILE).read_text(encoding="utf-8"))["steps"])
-    for kind in KINDS:
+    # One that was made of a model, and not of a run, has no means yet.
+    for kind in KINDS if steps else KINDS[:1]:
         checkpoint = Checkpoint(path / kind)
         found = differences(parameters, checkpoint)
         if found:
@@ -83,13 +83,28 @@ def _write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Stream tensors into files of a bounded size. Every rank goes through all and writes its share."""
     folder.mkdir(parents=True, exist_ok=True)
     rank, loads = dist.get_rank(), [0] * dist.get_world_size()
+
+    def mine() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            writer = loads.index(min(loads))  # the same on every rank
+            loads[writer] += tensor.nbytes
+            if writer == rank:
+                yield name, tensor
+
+    write_tensors(folder, mine(), rank)
+
+
+def write_steps(path: Path, steps: int) -> None:
+    """Say that all else below `path` is complete, and how many steps it stands for."""
+    (path / STEPS_FILE).write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    sync_tree(path)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], rank: int = 0) -> None:
+    """Stream tensors into files of a bounded size that bear the number of their writer."""
     held: dict[str, Tensor] = {}
     files = size = 0
     for name, tensor in tensors:
-        writer = loads.index(min(loads))  # the same on every rank
-        loads[writer] += tensor.nbytes
-        if writer != rank:
-            continue
         if held and size + tensor.nbytes > MAX_FILE_BYTES:
             save_file(held, folder / f"{rank:05d}-{files:05d}.safetensors")
             held, size, files = {}, 0, files + 1

@@ -53,6 +53,10 @@ class Checkpoint:
         """Tell whether a tensor is of full precision."""
         return self._files[name].get_slice(name).get_dtype() == "F32"
 
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._files[name].get_tensor(name)
+
     def read(self, piece: Piece) -> Tensor:
         """Return a block, laid out like the rows that it fills."""
         lazy = self._files[piece.source].get_slice(piece.source)

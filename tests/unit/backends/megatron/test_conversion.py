@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("megatron.core")
 
+from scripts.convert_hf_to_mcore import main as to_mcore
 from scripts.convert_mcore_to_hf import main
 from slime.backends.batching import MicroBatch, MicroBatchBuilder
 from slime.checkpoints import CheckpointError, RunState, begin_checkpoint, finish_checkpoint, maker_of
@@ -58,6 +59,33 @@ def test_engines_and_converted_folders_have_the_trainers_log_probs(tmp_path: Pat
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         main([*command[:1], str(model), *command[2:]])
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_folder_becomes_a_checkpoint_and_comes_back_as_it_was(tmp_path: Path, published: bool) -> None:
+    """Bit for bit, in the published layout, and a run that loads it begins like one that reads the folder."""
+    model = save_mixture_model(tmp_path / "model", published=published)
+    as_published = save_mixture_model(tmp_path / "published")
+    to_mcore(["--hf-checkpoint", str(model), "--save", str(tmp_path / "checkpoints")])
+    back = ["--load", str(tmp_path / "checkpoints"), "--hf-checkpoint", str(model), "--save"]
+    main([*back, str(tmp_path / "back"), "--dtype", "float32"])
+    expected = load_file(as_published / "model.safetensors")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
+
+    other = save_mixture_model(tmp_path / "other", seed=1)
+    samples, pictures = make_samples(4)
+    args = make_args(other, *FLAGS, "--train-backend", "megatron", samples=4)
+    shard = build_shards(args, samples, pictures, 1, 0)[0]
+    batch = MicroBatchBuilder(load_processor(other), pictures).build(shard.samples)
+    with joined_backend(args) as backend:
+        (before,) = backend.compute_log_probs([batch])
+        backend.load_checkpoint(tmp_path / "checkpoints" / "rollout-000000" / "trainer")
+        assert backend.weight_version == 0
+        (loaded,) = backend.compute_log_probs([batch])
+    assert (loaded - before).abs().max() > 0.01
+    torch.testing.assert_close(loaded, log_probs(as_published, batch), rtol=0, atol=1e-5)
 
 
 def log_probs(folder: Path, batch: MicroBatch) -> Tensor:
