@@ -199,12 +199,12 @@ def test_a_teacher_is_not_started_anew_while_its_port_is_taken(machine: Machine)
 
 
 def test_a_restarted_teacher_that_is_not_ready_in_time_ends_the_run(machine: Machine) -> None:
-    launcher = launch(machine, teacher="serve; sleep", driver="sleep", TEACHER_TIMEOUT="10")
+    launcher = launch(machine, teacher="serve; sleep", driver="sleep", TEACHER_TIMEOUT="15")
     wait_until(lambda: machine.pids(DRIVER), "the driver starts")
     os.kill(machine.pids(TEACHER)[0], signal.SIGKILL)
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1
-    assert "was not ready again within 10 s (SLIME_SCRIPT_TEACHER_TIMEOUT)" in stderr
+    assert "was not ready again within 15 s (SLIME_SCRIPT_TEACHER_TIMEOUT)" in stderr
     assert_ended([*machine.pids(TEACHER), *machine.pids(DRIVER)])
 
 
