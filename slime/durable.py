@@ -86,8 +86,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderInUseError(
-                f"{folder} belongs to a run that is not over, and two would write the same files. Wait for it, "
-                "end it, or use another folder (--output-dir; with a launcher SLIME_SCRIPT_OUTPUT_DIR)."
+                f"{folder} belongs to a run that is not over, and two would write the same files. Wait for "
+                "its end, or use another folder (--output-dir; with a launcher SLIME_SCRIPT_OUTPUT_DIR)."
             ) from None
         except OSError:  # a file system without locks, which guards nothing
             logger.warning("%s cannot be locked against a second run", folder)
