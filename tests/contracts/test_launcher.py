@@ -10,6 +10,7 @@ from slime.arguments import Args, parse_args
 from slime.arguments.reward import RewardArgs
 from slime.engines.doctor.__main__ import parse_args as parse_doctor_args
 from tests.fakes.launcher import REPOSITORY, Launched, Machine
+from tests.fakes.processes import PATIENCE_SECONDS
 
 TRAIN = "slime.train"
 SGLANG = "slime.engines.sglang_engine"
@@ -306,7 +307,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     launcher = machine.start(
         **machine.local() | {"SKIP_SETUP": "1", "OUTPUT_DIR": str(tmp_path / "out")} | knobs
     )
-    _, stderr = launcher.communicate(timeout=60)
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode not in (0, None)
     assert sentence in stderr
     assert not list(machine.stage.iterdir())

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slime.backends.megatron.attention import PackedCoreAttention
+from slime.backends.megatron.attention import PackedCoreAttention, RotatedSelfAttention
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -68,6 +68,8 @@ def block_spec(config: TransformerConfig, device: torch.device) -> TransformerBl
     with_engine = uses_transformer_engine(device)
     layer = _engine_layer(config) if with_engine else _plain_layer(config)
     layer.module = DeepstackLayer
+    parts: Any = layer.submodules
+    parts.self_attention.module = RotatedSelfAttention
     norm: Any = TENorm if with_engine else RootMeanSquareNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
