@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,16 @@ def find_checkpoint(load: Path) -> tuple[Path, str | None]:
         f"--load {load}: neither a checkpoint (a folder with {STATE_FILE}) nor a folder of checkpoints with "
         f"{LATEST_FILE}. Give what an earlier run got as --save, or drop --load."
     )
+
+
+def newest_checkpoint(save: str | None, load: str | None) -> Path | None:
+    """Return the checkpoint that a run would go on from: its own newest, or what it began with; None without
+    either."""
+    for folder in (save, load):
+        with suppress(CheckpointError):
+            if folder is not None:
+                return find_checkpoint(Path(folder))[0]
+    return None
 
 
 def checkpoints_in(save: Path) -> list[Path]:

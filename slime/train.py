@@ -18,6 +18,7 @@ from slime.checkpoints import (
     ResumePoint,
     RunState,
     describe,
+    newest_checkpoint,
     require_same_run,
     resume_point,
 )
@@ -34,11 +35,20 @@ from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
 from slime.saving import SaveError, Saver
+from slime.skipping.account import TrainingStuckError
 from slime.supply import Supply
 from slime.weight_sync.probe import WeightMismatchError
 from slime.weight_sync.store import create_weight_folder
 
-ENDS = (ActorError, CheckpointError, FolderInUseError, RecordingError, SaveError, WeightMismatchError)
+ENDS = (
+    ActorError,
+    CheckpointError,
+    FolderInUseError,
+    RecordingError,
+    SaveError,
+    TrainingStuckError,
+    WeightMismatchError,
+)
 """Errors whose message says all that there is to say."""
 
 
@@ -72,6 +82,7 @@ def train(
                 try:
                     with signals.heeded():
                         supply.settle()
+                    require_progress(args, tracker, trainers)
                     metrics |= saver.write(state) | trainers.publish_weights(rollouts)
                 finally:
                     tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
@@ -81,6 +92,18 @@ def train(
         evaluate(state.rollout_id, tracker, rollouts, trainers, state)
     trainers.finish()
     return state
+
+
+def require_progress(args: Args, tracker: Tracker, trainers: TrainGroup) -> None:
+    """Say which optimizer steps of the rollout were skipped.
+
+    Raises:
+        TrainingStuckError: too many in a row.
+    """
+    for step in trainers.skips.latest:
+        tracker.say(f"Warning: an optimizer step was skipped. {step}")
+    if trainers.skips.too_many:
+        raise trainers.skips.stuck(newest_checkpoint(args.save, args.load))
 
 
 def evaluate(
@@ -146,8 +169,8 @@ def start(args: Args, cluster: Cluster, weight_folder: Path | None) -> tuple[Rol
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, print the configuration, run.
 
-    Return 1 if an actor failed, or a checkpoint or recorded rollout is not to be had, and 130 or 143 after
-    SIGINT or SIGTERM.
+    Return 1 if an actor failed, a checkpoint or recorded rollout is not to be had or training is stuck, and
+    130 or 143 after SIGINT or SIGTERM.
     """
     args = parse_args(None if argv is None else list(argv))
     listen()

@@ -126,6 +126,7 @@ def to_train_sample(args: Args, sample: Sample, advantages: Tensor) -> TrainSamp
         )
     return TrainSample(
         index=sample.index,
+        group=sample.group_index,
         tokens=torch.tensor(sample.tokens, dtype=torch.int64),
         response_length=sample.response_length,
         loss_mask=mask,

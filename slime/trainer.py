@@ -6,17 +6,21 @@ model stays below, in the backend; nothing here calls another process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from slime.backends.base import Metrics, ModelTag, NonFiniteError, TrainBackend
+from slime.backends.base import LossFn, Metrics, ModelTag, TrainBackend
 from slime.backends.batching import BatchProcessor, MicroBatch, MicroBatchBuilder
 from slime.backends.schedule import decayed
 from slime.losses.reduction import GlobalMean
 from slime.objective import Distillation, Objective
 from slime.objective.ratios import finished
 from slime.shards import StepPlan, TrainShard, build_shards
+from slime.skipping.account import SkippedStep
+from slime.skipping.suspects import Watch
+from slime.skipping.verdict import refusal
 
 if TYPE_CHECKING:
     from slime.arguments import Args
@@ -43,14 +47,15 @@ class Trainer:
         self._backend = backend
         self._processor = processor
         self._never_sampled = tuple(never_sampled)
+        self.skipped: list[SkippedStep] = []
+        """The optimizer steps of the last rollout that were not taken, with this rank's suspects."""
 
     def train(self, rollout_id: int, shard: TrainShard) -> Metrics:
         """Take all optimizer steps of one rollout; return its metrics, the same on every rank. Collective.
 
-        Means are exact over each step's global batch; with several steps, over the steps.
-
-        Raises:
-            NonFiniteError: a loss or gradient is not finite; the message names rollout, step and micro-batch.
+        Means are exact over each step's global batch; with several steps, over those that were taken. A step
+        whose loss or gradient is not finite, or whose gradient exploded (`--skip-grad`), is skipped: it
+        counts in `skipped_steps`, its tokens and samples nowhere.
         """
         builder = MicroBatchBuilder(
             self._processor, shard.pictures, shard.carried, packed=self._args.train_layout == "packed"
@@ -66,23 +71,51 @@ class Trainer:
         if self._args.opd_type == "megatron":
             steps = [self._with_teacher(batches) for batches in steps]
         coef = self._opd_kl_coef(rollout_id)
+        self.skipped = []
         taken: list[Metrics] = []
+        learned: list[StepPlan] = []
+        metrics: Metrics = {}
         for number, (plan, batches) in enumerate(zip(shard.steps, steps, strict=True)):
-            try:
-                metrics = self._backend.forward_backward(batches, self._objective(plan, coef))
-                taken.append(metrics | self._backend.optim_step())
-            except NonFiniteError as error:
-                raise NonFiniteError(f"rollout {rollout_id}, optimizer step {number}: {error}") from error
-        means = {name: sum(metrics[name] for metrics in taken) / len(taken) for name in taken[0]}
+            watch = Watch(
+                self._objective(plan, coef), {sample.index: sample.group for sample in shard.samples}
+            )
+            metrics, reason = self._step(batches, watch)
+            if reason is None:
+                taken.append(metrics)
+                learned.append(plan)
+            else:
+                self.skipped.append(self._skipped(rollout_id, number, metrics, reason, watch))
+        means = _means(taken) if taken else _what_is_known(metrics)
         if self._args.use_opd:
             means["opd_kl_coef"] = coef
-        return finished(means) | {
-            "lr": taken[-1]["lr"],
-            "tokens": float(sum(plan.num_tokens for plan in shard.steps)),
-            "samples": float(sum(plan.num_samples for plan in shard.steps)),
-            "optimizer_steps": float(len(steps)),
+        return means | {
+            "lr": metrics["lr"],
+            "tokens": float(sum(plan.num_tokens for plan in learned)),
+            "samples": float(sum(plan.num_samples for plan in learned)),
+            "optimizer_steps": float(len(taken)),
+            "skipped_steps": float(len(self.skipped)),
             "micro_batches": float(sum(len(batches) for batches in steps)),
         }
+
+    def _step(self, batches: Sequence[MicroBatch], loss_fn: LossFn) -> tuple[Metrics, str | None]:
+        """Take one optimizer step, or say why it was not taken: the same answer on every rank."""
+        metrics = self._backend.forward_backward(batches, loss_fn)
+        loss, most = metrics["loss"], self._args.skip_grad
+        metrics |= self._backend.optim_step(lambda norm: refusal(loss, norm, most) is None)
+        return metrics, refusal(loss, metrics["grad_norm"], most)
+
+    def _skipped(
+        self, rollout_id: int, number: int, metrics: Metrics, reason: str, watch: Watch
+    ) -> SkippedStep:
+        return SkippedStep(
+            rollout_id=rollout_id,
+            number=number,
+            version=self._backend.weight_version,
+            loss=metrics["loss"],
+            grad_norm=metrics["grad_norm"],
+            reason=reason,
+            suspects=watch.suspects(),
+        )
 
     def _with_log_probs(self, batches: Sequence[MicroBatch], name: str) -> list[MicroBatch]:
         """Return the micro-batches with the log-probs that one more forward pass gives."""
@@ -141,3 +174,17 @@ class Trainer:
             teacher_wrote=args.sample_from == "teacher",
             never_sampled=self._never_sampled,
         )
+
+
+def _means(steps: Sequence[Metrics]) -> Metrics:
+    """Return each metric's mean over the steps that were taken."""
+    return finished({name: sum(metrics[name] for metrics in steps) / len(steps) for name in steps[0]})
+
+
+def _what_is_known(metrics: Metrics) -> Metrics:
+    """Return the metrics of a rollout in which no step was taken: its last one's, as far as they are numbers.
+
+    Loss and gradient norm, whatever they are, show what happened.
+    """
+    finite = {name: value for name, value in finished(metrics).items() if math.isfinite(value)}
+    return finite | {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}

@@ -140,6 +140,13 @@ class OptimArgs:
     adam_beta2: float = flag(0.98, help="Adam's second moment.", at_least=0, at_most=1)
     adam_eps: float = flag(1e-8, help="Adam's epsilon.", above=0)
     clip_grad: float = flag(1.0, help="Largest gradient norm; 0 does not clip.", at_least=0)
+    skip_grad: float = flag(
+        0.0,
+        help="Take no optimizer step whose gradient norm, before clipping, is above this; 0: skip only those "
+        "whose loss or gradient is not finite.",
+        at_least=0,
+    )
+    max_skipped_steps: int = flag(5, help="Skipped optimizer steps in a row that end the run.", at_least=1)
     precision: Literal["float32", "bfloat16"] = flag(
         name="--train-dtype",
         help="Precision of the training forward and backward.",
@@ -164,6 +171,12 @@ class OptimArgs:
             yield (
                 f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the schedule decays, so --min-lr must "
                 "be at most --lr."
+            )
+        if 0 < self.skip_grad <= self.clip_grad:
+            yield (
+                f"--skip-grad {self.skip_grad:g} is not above --clip-grad {self.clip_grad:g}: no gradient "
+                "would ever be clipped, and ordinary steps be skipped. Use a --skip-grad of many times a "
+                "usual grad_norm, or drop it."
             )
         for name, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
             if beta == 1:

@@ -6,6 +6,7 @@ rewards, teachers, advantages or rollouts. Those live in the `loss_fn` that it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -71,15 +72,15 @@ class ExpectingInputs(Protocol):
         ...
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; nothing was stepped. The message says where."""
-
-
 LossFn = Callable[[LossInputs, "MicroBatch"], tuple[Tensor, Mapping[str, Tensor]]]
 """(outputs, micro-batch) -> (loss, sums): the loss is this micro-batch's share of the global mean, already
 divided by the global denominator; it must depend on `outputs`, with weight zero where nothing is to be
 learned (a dummy, P = 0), so that every rank runs the same backward pass. The sums are detached scalars, under
 the same names in every micro-batch, that the backend adds up over micro-batches and ranks."""
+
+
+Accepts = Callable[[float], bool]
+"""Whether a step with gradients of this norm may be taken; the same answer on every rank."""
 
 
 class TrainBackend(Protocol):
@@ -110,20 +111,17 @@ class TrainBackend(Protocol):
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Metrics:
         """Accumulate the gradients of all micro-batches of one optimizer step.
 
-        Gradients add up over micro-batches and ranks. Returns the sums, `loss` among them, over all ranks.
-
-        Raises:
-            NonFiniteError: on every rank, when a micro-batch of any rank has a loss that is not finite.
+        Gradients add up over micro-batches and ranks. Returns the sums, `loss` among them, over all ranks:
+        the same numbers on every rank. A loss that is not finite is returned as it is.
         """
         ...
 
-    def optim_step(self) -> Metrics:
+    def optim_step(self, accepts: Accepts = math.isfinite) -> Metrics:
         """Clip, step, advance the schedule, zero the gradients.
 
-        Returns `grad_norm` (before clipping) and `lr`.
-
-        Raises:
-            NonFiniteError: on every rank, when the gradient norm is not finite.
+        Where `accepts` refuses the gradient norm, only the gradients are zeroed: weights, the optimizer's
+        state, the schedule and `weight_version` stay as they are. The norm has the same bits on every rank,
+        so that all of them step or none does. Returns `grad_norm` (before clipping) and `lr`.
         """
         ...
 

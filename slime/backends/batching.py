@@ -53,6 +53,8 @@ class TrainSample:
 
     index: int
     """The sample's number in the run, for messages."""
+    group: int | None = None
+    """That of its prompt's group, for messages."""
     tokens: Tensor
     """int64 [L], wire form."""
     response_length: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import orjson
 
 from slime.arguments.data import DataArgs
+from slime.data.columns import column_problems, columns_of, read_text
 from slime.data.errors import BadRow, DataError
 from slime.data.expand import expanded_length
 from slime.data.images import (
@@ -106,7 +106,7 @@ class RowPreparer:
         self._recipe = (blank, args.image_min_pixels, args.image_max_pixels)
         """What a prepared picture depends on besides its source; the processor is the run's."""
         self._image_column = args.multimodal_keys.get("image")
-        self._rows = read_rows(source, self._columns())
+        self._rows = read_rows(source, columns_of(args))
         self._require_columns()
         try:
             self._builder = PromptBuilder(
@@ -131,34 +131,18 @@ class RowPreparer:
         except BadRow as error:
             return error
 
-    def _columns(self) -> list[str]:
-        args = self._args
-        wanted = (args.input_key, args.label_key, self._image_column, args.metadata_key)
-        return list(dict.fromkeys(column for column in wanted if column))
-
     def _require_columns(self) -> None:
         """Refuse a file that lacks a column in all its rows: a flag is wrong, not a row."""
-        args = self._args
-        flags = {
-            "--input-key": args.input_key,
-            "--label-key": args.label_key,
-            "--multimodal-keys": self._image_column,
-        }
         for shard in {id(row.shard): row.shard for row in self._rows}.values():
-            for flag, column in flags.items():
-                if column is not None and shard.columns is not None and column not in shard.columns:
-                    raise DataError(
-                        f"{shard.name} has no column {column!r}, which {flag} names; it has "
-                        f"{', '.join(shard.columns)}. Set {flag}"
-                        + (" ('{}' for text alone)." if flag == "--multimodal-keys" else " to the right one.")
-                    )
+            for problem, remedy in column_problems(shard, self._args):
+                raise DataError(f"{problem}. {remedy}")
 
     def _check_all(self) -> str:
         """Note every row whose text is bad, or raise the first; return a hash of what the rows say."""
         digest = hashlib.sha256()
         for index, row in enumerate(self._rows):
             try:
-                prompt, label, metadata = self._read_text(row)
+                prompt, label, metadata = read_text(row, self._args)
                 self._require_teacher(row, metadata)
                 pictures = [None] * self._count_pictures(row)
                 self._draft(row, prompt, pictures)
@@ -183,25 +167,6 @@ class RowPreparer:
                     "that names one by --opd-teacher-key."
                 )
 
-    def _read_text(self, row: RowRef) -> tuple[Any, str | None, dict[str, Any]]:
-        """Return (prompt, label, metadata) of a row."""
-        args = self._args
-        values = row.get([column for column in self._columns() if column != self._image_column])
-        prompt = _present(row, values, args.input_key, "--input-key")
-        label = None if args.label_key is None else _present(row, values, args.label_key, "--label-key")
-        if label is not None and (isinstance(label, bool) or not isinstance(label, str | int | float)):
-            raise row.bad(
-                f"the label in column {args.label_key!r} is a {type(label).__name__}; text is needed."
-            )
-        if isinstance(label, float) and not math.isfinite(label):  # how tables write that nothing is there
-            raise row.bad(f"the label in column {args.label_key!r} is {label}; text is needed.")
-        metadata = values.get(args.metadata_key)
-        if metadata is not None and not isinstance(metadata, dict):
-            raise row.bad(
-                f"column {args.metadata_key!r} is a {type(metadata).__name__}; an object is needed."
-            )
-        return prompt, None if label is None else str(label), metadata or {}
-
     def _count_pictures(self, row: RowRef) -> int:
         """Return the number of pictures of a row without reading them."""
         if self._image_column is None:
@@ -223,7 +188,7 @@ class RowPreparer:
         return draft
 
     def _prepare(self, row: RowRef) -> PreparedPrompt:
-        prompt, label, metadata = self._read_text(row)
+        prompt, label, metadata = read_text(row, self._args)
         draft = self._draft(row, prompt, self._picture_sources(row))
         pictures = [self._picture(row, number, source) for number, source in enumerate(draft.pictures, 1)]
         try:
@@ -279,12 +244,3 @@ def _bytes_of(row: RowRef, said: Any) -> bytes:
         return orjson.dumps(said, default=str, option=orjson.OPT_NON_STR_KEYS)
     except TypeError as error:
         raise row.bad(f"the prompt holds what cannot be written as JSON: {error}.") from error
-
-
-def _present(row: RowRef, values: Mapping[str, Any], column: str, flag: str) -> Any:
-    """Return a value that must be there."""
-    if column not in values:
-        raise row.bad(f"no column {column!r} ({flag}).")
-    if values[column] is None:
-        raise row.bad(f"column {column!r} ({flag}) is empty.")
-    return values[column]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,21 @@ if TYPE_CHECKING:
     from slime.arguments import Args
     from slime.backends.base import TrainBackend
     from slime.backends.batching import BatchProcessor
+    from slime.skipping.account import SkippedStep
     from slime.trainer import Trainer, TrainShard
     from slime.weight_sync.base import EngineMember
     from slime.weight_sync.probe import Gap, Probe
     from slime.weight_sync.sync import WeightSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came of one rollout on one rank."""
+
+    metrics: dict[str, float]
+    """The same on every rank."""
+    skipped: list[SkippedStep]
+    """The same steps on every rank, each with the rank's own suspects."""
 
 
 class TrainActor(Actor):
@@ -74,12 +86,13 @@ class TrainActor(Actor):
         folder = None if weight_folder is None else Path(weight_folder)
         self._weight_sync = create_weight_sync(args, self._rank, folder, self._host())
 
-    def train(self, rollout_id: int, shard: TrainShard) -> dict[str, float]:
-        """Take the optimizer steps of one rollout; return metrics, the same on every rank."""
+    def train(self, rollout_id: int, shard: TrainShard) -> TrainResult:
+        """Take the optimizer steps of one rollout."""
         if self._trainer is None:
             raise RuntimeError(f"train_{self._rank} has no trainer yet; call setup() first")
         with self.stopwatch.stage("train", rollout_id=rollout_id):
-            return self._trainer.train(rollout_id, shard)
+            metrics = self._trainer.train(rollout_id, shard)
+        return TrainResult(metrics=metrics, skipped=self._trainer.skipped)
 
     def weight_version(self) -> int:
         """Return the number of optimizer steps behind the weights."""

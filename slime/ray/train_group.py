@@ -13,8 +13,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.ray.cluster import Cluster, EnginesLost
 from slime.ray.engine_group import SharedGpus
 from slime.ray.rollout_group import RolloutGroup
-from slime.ray.train_actor import TrainActor
+from slime.ray.train_actor import TrainActor, TrainResult
 from slime.ray.turns import Apart, Sleepers, Turns
+from slime.skipping.account import SkipAccount, joined
 from slime.weight_sync.probe import Gap, require_same
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class TrainGroup:
         self._probe: ray.ObjectRef | None = None
         self.step = 0
         """Optimizer steps behind the weights; as a string, their version."""
+        self.skips = SkipAccount(args.max_skipped_steps)
         self._scheduling = _scheduling(cluster)
         self._actors = [
             cluster.start_actor(
@@ -98,7 +100,10 @@ class TrainGroup:
     # ---- the loop's verbs ----
 
     def train(self, rollout_id: int, shards: list[ray.ObjectRef]) -> dict[str, float]:
-        """Take the optimizer steps of one rollout, a shard for each rank; return metrics."""
+        """Take the optimizer steps of one rollout, a shard for each rank; return metrics.
+
+        Steps that were skipped are in `skips`.
+        """
         start = time.perf_counter()
         self._turns.to_training()
         begin = time.perf_counter()
@@ -106,9 +111,14 @@ class TrainGroup:
         refs = [
             actor.train.remote(rollout_id, shard) for actor, shard in zip(self._actors, shards, strict=True)
         ]
-        metrics = self._cluster.wait(refs)[0]
+        results: list[TrainResult] = self._cluster.wait(refs)
         self._count_steps()
         ended = time.perf_counter()
+        metrics = results[0].metrics
+        self.skips.enter(
+            round(metrics["optimizer_steps"] + metrics["skipped_steps"]),
+            joined([result.skipped for result in results]),
+        )
         times = {"perf/train_seconds": ended - begin, "perf/take_turn_seconds": begin - start}
         return metrics | compared | times
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
-from slime.backends.base import NonFiniteError, TrainBackend
+from slime.backends.base import LossFn, LossInputs, TrainBackend
+from slime.backends.batching import MicroBatch
 from slime.backends.fsdp.backend import FsdpBackend
 from slime.engines.process import free_port
+from slime.skipping.account import SkippedStep
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
 from slime.utils.types import Sample
@@ -38,6 +41,47 @@ DISTILL = (
 WORKER = "from tests.fakes.training import work; work()"
 
 
+@dataclass(frozen=True)
+class Plant:
+    """A fault in the loss of the micro-batch that holds one sample."""
+
+    rollout_id: int
+    sample: int
+    fault: Literal["nan loss", "nan gradient", "huge gradient"]
+
+    def spoil(self, loss: Tensor, outputs: LossInputs, batch: MicroBatch) -> Tensor:
+        """Return the loss of a micro-batch with the fault, if it belongs there."""
+        if self.sample not in batch.sample_indices:
+            return loss
+        match self.fault:
+            case "nan loss":
+                return loss * float("nan")
+            case "nan gradient":
+                return loss + (outputs.log_probs * 0).abs().sqrt().sum()
+            case "huge gradient":
+                return loss + 1e6 * outputs.log_probs.sum()
+
+
+@contextmanager
+def planted(trainer: Trainer, plants: Sequence[Plant]) -> Iterator[None]:
+    """Put faults into the losses of the trainer."""
+    objective = trainer._objective
+
+    def spoiled(*arguments: Any) -> LossFn:
+        loss_fn = objective(*arguments)
+
+        def spoil(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+            loss, sums = loss_fn(outputs, batch)
+            for plant in plants:
+                loss = plant.spoil(loss, outputs, batch)
+            return loss, sums
+
+        return spoil
+
+    with patch.object(trainer, "_objective", spoiled):
+        yield
+
+
 @dataclass
 class Job:
     """One run of `Trainer.train`: flags, data, and what came of it."""
@@ -54,6 +98,7 @@ class Job:
     keep_loaded: bool = False
     masked_ids: tuple[int, ...] = ()
     """Tokens that are never sampled."""
+    plants: tuple[Plant, ...] = ()
 
 
 @dataclass
@@ -64,8 +109,8 @@ class Outcome:
     weights: dict[str, Tensor] = field(default_factory=dict)
     loaded: dict[str, Tensor] = field(default_factory=dict)
     """The full weights before the first, where the job asks for them."""
-    error: str | None = None
-    """What the trainer said of a loss or gradient that is not finite."""
+    skipped: list[SkippedStep] = field(default_factory=list)
+    """The optimizer steps that the rank did not take."""
 
 
 def make_args(model: Path, *flags: str, samples: int = 8, ranks: int = 1) -> Args:
@@ -119,10 +164,9 @@ def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
         trainer = Trainer(args, backend, load_processor(model), job.masked_ids)
         for rollout_id in range(job.rollouts):
             shards = build_shards(args, job.samples, job.pictures, args.num_data_ranks, rollout_id)
-            try:
+            with planted(trainer, [plant for plant in job.plants if plant.rollout_id == rollout_id]):
                 outcome.metrics.append(trainer.train(rollout_id, shards[args.data_rank(rank)]))
-            except NonFiniteError as error:
-                outcome.error = str(error)
+            outcome.skipped += trainer.skipped
         if job.save is not None:
             backend.save_checkpoint(Path(job.save))
         outcome.weights = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}

@@ -7,6 +7,7 @@ anywhere shows; gradient norms are among the metrics. All two-rank cases run in 
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slime.backends.batching import MicroBatchBuilder
+from slime.skipping.account import MOST_SUSPECTS
 from slime.tiny.paths import checkpoint_path
 from slime.trainer import build_shards
 from slime.utils.processing_utils import load_processor
@@ -254,11 +256,17 @@ def test_a_teacher_in_the_trainer_says_what_a_served_one_does(
 
 
 def test_a_loss_that_is_not_finite_is_known_on_every_stage(two_ranks: dict[str, list[Outcome]]) -> None:
-    messages = {outcome.error for outcome in two_ranks["not finite"]}
-    assert len(messages) == 1
-    message = messages.pop()
-    assert message is not None
-    assert message.startswith("rollout 0, optimizer step 0: the loss is not finite in rank 1, micro-batch ")
+    first, last = two_ranks["not finite"]
+    for outcome in (first, last):
+        assert [(step.number, step.version, step.reason) for step in outcome.skipped] == [
+            (0, 0, "the loss is nan")
+        ]
+        assert (outcome.metrics[0]["skipped_steps"], outcome.metrics[0]["optimizer_steps"]) == (1, 0)
+        for name, weight in outcome.weights.items():
+            assert torch.equal(weight.nan_to_num(9), outcome.loaded[name].nan_to_num(9)), name
+    assert first.skipped[0].suspects == (), "it computes no loss"
+    assert len(last.skipped[0].suspects) == MOST_SUSPECTS
+    assert {suspect.gap for suspect in last.skipped[0].suspects} == {math.inf}
 
 
 def test_a_frozen_tower_stays(models: dict[str, Path]) -> None:

@@ -17,6 +17,7 @@ from slime.metrics.trace import Span
 from slime.ray.cluster import EnginesLost
 from slime.ray.interrupts import listen
 from slime.ray.rollout_actor import RolloutResult
+from slime.skipping.account import SkipAccount, SkippedStep, TrainingStuckError
 from slime.tiny.paths import checkpoint_path
 
 
@@ -36,6 +37,7 @@ class _Args:
     train_backend: str = "fsdp"
     num_train_ranks: int = 1
     async_rollout: bool = False
+    max_skipped_steps: int = 2
 
 
 class _Rollouts:
@@ -89,19 +91,31 @@ class _Rollouts:
         self.position = state["position"]
 
 
+def _skipped(rollout_id: int, version: int) -> SkippedStep:
+    return SkippedStep(
+        rollout_id=rollout_id, number=0, version=version, loss=1.0, grad_norm=1e9, reason="too much"
+    )
+
+
 class _Trainers:
-    def __init__(self, calls: list[str]) -> None:
+    skipping: tuple[int, ...] = ()
+    """Rollouts whose one step is skipped."""
+
+    def __init__(self, calls: list[str], limit: int) -> None:
         self.calls = calls
         self.step = 0
         self.taken = 0
+        self.skips = SkipAccount(limit)
 
     def wait_ready(self) -> None:
         self.calls.append("trainers ready")
 
     def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
         self.calls.append(f"train {rollout_id}")
-        self.taken += 1
+        skipped = [_skipped(rollout_id, self.taken)] if rollout_id in self.skipping else []
+        self.taken += 1 - len(skipped)
         self.step = self.taken
+        self.skips.enter(1, skipped)
         return {"loss": 1.0}
 
     def publish_weights(self, rollouts: _Rollouts) -> dict[str, float]:
@@ -135,6 +149,10 @@ class _Tracker:
         self.trace = _Trace()
         self.rollouts: list[tuple[int, int, dict[str, float]]] = []
         self.evals: list[tuple[int, int, str]] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def log(self, rollout_id: int, step: int, metrics: dict[str, float]) -> None:
         self.rollouts.append((rollout_id, step, metrics))
@@ -149,10 +167,17 @@ AHEAD = _Args(async_rollout=True, eval_teacher=False, eval_interval=2, skip_eval
 WAITS = ("perf/step_seconds", "perf/wait_for_rollout_seconds", "perf/wait_for_train_seconds")
 
 
-def _run(args: _Args, rollouts_class: type[_Rollouts] = _Rollouts) -> tuple[list[str], _Tracker, RunState]:
+def _run(
+    args: _Args,
+    rollouts_class: type[_Rollouts] = _Rollouts,
+    trainers_class: type[_Trainers] = _Trainers,
+) -> tuple[list[str], _Tracker, RunState]:
     calls: list[str] = []
     tracker = _Tracker()
-    rollouts, trainers = cast(Any, rollouts_class(calls)), cast(Any, _Trainers(calls))
+    rollouts, trainers = (
+        cast(Any, rollouts_class(calls)),
+        cast(Any, trainers_class(calls, args.max_skipped_steps)),
+    )
     state = loop.train(cast(Any, args), resume_point(args.load), cast(Any, tracker), rollouts, trainers)
     return calls, tracker, state
 
@@ -224,7 +249,7 @@ def test_a_checkpoint_counts_when_the_metrics_of_its_rollout_are_written(tmp_pat
 
     calls: list[str] = []
     args = _Args(save=str(tmp_path), save_interval=1)
-    parts = (args, resume_point(None), Killed(), _Rollouts(calls), _Trainers(calls))
+    parts = (args, resume_point(None), Killed(), _Rollouts(calls), _Trainers(calls, 5))
     with pytest.raises(SystemExit):
         loop.train(*cast(Any, parts))
     assert calls[-3:] == ["train 1", "save .rollout-000002.partial", "publish 2"]
@@ -307,7 +332,7 @@ def _signalled(stage: str, args: _Args) -> tuple[list[str], _Tracker]:
                 resume_point(None),
                 cast(Any, tracker),
                 cast(Any, _Rollouts(calls)),
-                cast(Any, _Trainers(calls)),
+                cast(Any, _Trainers(calls, 5)),
             )
     finally:
         for stop, handler in before.items():
@@ -406,10 +431,64 @@ def test_a_training_that_fails_ends_the_loop_whatever_is_in_flight():
         def train(self, rollout_id: int, shards: list[Any]) -> dict[str, float]:
             raise RuntimeError("the loss is no number")
 
-    parts = (AHEAD, resume_point(None), _Tracker(), _Rollouts(calls), Failing(calls))
+    parts = (AHEAD, resume_point(None), _Tracker(), _Rollouts(calls), Failing(calls, 5))
     with pytest.raises(RuntimeError, match="the loss is no number"):
         loop.train(*cast(Any, parts))
     assert calls[-2:] == ["generate 0", "order 1"]
+
+
+class _Skipping(_Trainers):
+    skipping = (0, 2)
+
+
+def test_a_skipped_step_is_told_and_publishes_no_new_version():
+    calls, tracker, state = _run(_Args(eval_sets=(), eval_teacher=False), trainers_class=_Skipping)
+    assert [call for call in calls if call.startswith(("train ", "publish"))] == [
+        *("publish 0", "train 0", "publish 0", "train 1", "publish 1", "train 2", "publish 1"),
+    ]
+    assert [(rollout_id, step) for rollout_id, step, _ in tracker.rollouts] == [(0, 0), (1, 1), (2, 1)]
+    assert len(tracker.said) == 2
+    assert tracker.said[1].startswith(
+        "Warning: an optimizer step was skipped. rollout 2, optimizer step 0 (weight version 1): too much"
+    )
+    assert state.rollout_id == 3
+
+
+class _Stuck(_Trainers):
+    skipping = (2, 3)
+
+
+def test_too_many_skipped_steps_end_the_loop_with_all_recorded_and_nothing_saved_of_the_last(tmp_path):
+    calls: list[str] = []
+    args = _Args(num_rollout=9, eval_sets=(), eval_teacher=False, save=str(tmp_path), save_interval=1)
+    tracker = _Tracker()
+    parts = (args, resume_point(None), tracker, _Rollouts(calls), _Stuck(calls, args.max_skipped_steps))
+    with pytest.raises(TrainingStuckError) as caught:
+        loop.train(*cast(Any, parts))
+    assert calls[-1] == "train 3"
+    assert [(rollout_id, step) for rollout_id, step, _ in tracker.rollouts] == [
+        (0, 1),
+        (1, 2),
+        (2, 2),
+        (3, 2),
+    ]
+    message = str(caught.value)
+    assert "2 optimizer steps in a row were skipped (--max-skipped-steps 2)" in message
+    assert "rollout 2, optimizer step 0" in message
+    assert "rollout 3, optimizer step 0" in message
+    assert f"The last checkpoint is {tmp_path / 'rollout-000003'};" in message
+
+
+def test_a_stuck_training_is_an_exit_status(monkeypatch, capsys):
+    def stuck(args):
+        raise SkipAccount(1, in_a_row=[_skipped(0, 0)]).stuck(None)
+
+    monkeypatch.setattr(loop, "run", stuck)
+    monkeypatch.setattr(loop, "listen", lambda: None)
+    monkeypatch.setattr(loop, "parse_args", lambda argv: None)
+    monkeypatch.setattr(loop, "format_args", lambda args: "")
+    assert loop.main([]) == 1
+    assert "There is no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

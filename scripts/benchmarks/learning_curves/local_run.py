@@ -27,12 +27,14 @@ from scripts.benchmarks.learning_curves.results import Result
 from slime.arguments import Args, parse_args
 from slime.backends import create_backend
 from slime.backends.fsdp.backend import FsdpBackend
+from slime.checkpoints import ResumePoint, RunState
 from slime.data.vocabulary import never_sampled
 from slime.engines.model_facts import model_facts
 from slime.engines.process import free_port
 from slime.metrics.tracker import Tracker
 from slime.ray.rollout_actor import RolloutResult, Who
 from slime.rollout.manager import RolloutManager
+from slime.skipping.account import SkipAccount
 from slime.train import train
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -118,6 +120,7 @@ class LocalTrainers:
         self._args = args
         self._engines = [EngineMember(url=engine_url)]
         self.step = 0
+        self.skips = SkipAccount(args.max_skipped_steps)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_RANK="0")
         processor = load_processor(args.hf_checkpoint)
         masked = never_sampled(processor.tokenizer, model_facts(args.hf_checkpoint).vocab_size)
@@ -132,6 +135,7 @@ class LocalTrainers:
         """Take the optimizer steps of one rollout."""
         start = time.perf_counter()
         metrics = self._trainer.train(rollout_id, shards[0])
+        self.skips.enter(len(shards[0].steps), self._trainer.skipped)
         return metrics | {"perf/train_seconds": time.perf_counter() - start}
 
     def publish_weights(self, rollouts: LocalRollouts) -> dict[str, float]:
@@ -164,7 +168,7 @@ def run_locally(run: Run, setting: Setting, teacher_accuracy: float, folder: Pat
         stack.enter_context(closing(rollouts))
         trainers = stack.enter_context(closing(LocalTrainers(args, setting.engine_url, weights.path)))
         with suppress(StopRunError):
-            train(args, tracker, cast(Any, rollouts), cast(Any, trainers))
+            train(args, ResumePoint(state=RunState()), tracker, cast(Any, rollouts), cast(Any, trainers))
         final = held_against_teacher(run.case, setting, folder)
     records = tracker.records
     return Result(

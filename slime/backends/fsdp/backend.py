@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from slime.backends.base import LossFn, LossInputs, Metrics, ModelTag, NonFiniteError
+from slime.backends.base import Accepts, LossFn, LossInputs, Metrics, ModelTag
 from slime.backends.batching import MicroBatch
 from slime.backends.fsdp.checkpoint import load_sharded, save_sharded
 from slime.backends.fsdp.export import hf_named_parameters
@@ -129,9 +130,7 @@ class FsdpBackend:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value.double()
         totals["loss"] = torch.stack(losses).double().sum()
-        metrics = self._add_over_ranks(totals)
-        self._require_finite(metrics["loss"], torch.stack(losses), micro_batches)
-        return metrics
+        return self._add_over_ranks(totals)
 
     def _add_over_ranks(self, totals: dict[str, Tensor]) -> Metrics:
         names = sorted(totals)
@@ -139,35 +138,18 @@ class FsdpBackend:
         dist.all_reduce(values)
         return dict(zip(names, values.tolist(), strict=True))
 
-    def _require_finite(self, total: float, losses: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-        """Raise on every rank if any rank's loss is not finite: the total over ranks then is not either."""
-        if torch.isfinite(torch.tensor(total)):
-            return
-        bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
-        found = [
-            f"rank {self.rank}, micro-batch {number} (samples {list(micro_batches[number].sample_indices)})"
-            for number in bad
-        ]
-        everywhere: list[list[str] | None] = [None] * self.world_size
-        dist.all_gather_object(everywhere, found)
-        self._optimizer.zero_grad()
-        places = [place for places in everywhere for place in places or []]
-        raise NonFiniteError(f"the loss is not finite in {'; '.join(places)}")
-
-    def optim_step(self) -> Metrics:
-        """Clip, step, advance the schedule, zero the gradients."""
+    def optim_step(self, accepts: Accepts = math.isfinite) -> Metrics:
+        """Clip, step, advance the schedule, zero the gradients; the last alone where the norm is refused."""
         pieces = local_gradients(self._student)
         norm = global_norm(pieces, self._device).item()
-        if not torch.isfinite(torch.tensor(norm)):
-            self._optimizer.zero_grad()
-            raise NonFiniteError(f"the gradient norm is {norm} though every loss is finite")
-        clip_by_norm(pieces, norm, self._clip_grad)
         lr = self._learning_rate.at(self._steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        if accepts(norm):
+            clip_by_norm(pieces, norm, self._clip_grad)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._steps += 1
         self._optimizer.zero_grad()
-        self._steps += 1
         return {"grad_norm": norm, "lr": lr}
 
     def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from slime.backends.base import LossFn, LossInputs, Metrics, ModelTag, NonFiniteError
+from slime.backends.base import Accepts, LossFn, LossInputs, Metrics, ModelTag
 from slime.backends.batching import MicroBatch
 from slime.backends.megatron.checkpoint import load_masters, load_sharded, save_sharded
 from slime.backends.megatron.config import transformer_config
@@ -196,9 +196,7 @@ class MegatronBackend:
         with self._machine():
             kept = self._run(self._student, self._ddp, micro_batches, use, forward_only=False)
         losses = torch.stack([loss for loss, _ in kept]) if kept else torch.zeros(0, device=self._device)
-        metrics = self._add_over_ranks(losses, [sums for _, sums in kept])
-        self._require_finite(metrics["loss"], losses, micro_batches)
-        return metrics
+        return self._add_over_ranks(losses, [sums for _, sums in kept])
 
     def _run(
         self,
@@ -266,33 +264,24 @@ class MegatronBackend:
         assert isinstance(metrics, dict)
         return metrics
 
-    def _require_finite(self, total: float, losses: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-        """Raise on every rank if any rank's loss is not finite: the total over ranks then is not either."""
-        if math.isfinite(total):
-            return
-        bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
-        found = [
-            f"rank {self.rank}, micro-batch {number} (samples {list(micro_batches[number].sample_indices)})"
-            for number in bad
-            if self._ranks.speaks
-        ]
-        everywhere: list[list[str] | None] = [None] * self.world_size
-        dist.all_gather_object(everywhere, found)
-        self._stepper.zero()
-        places = [place for places in everywhere for place in places or []]
-        raise NonFiniteError(f"the loss is not finite in {'; '.join(places)}")
-
-    def optim_step(self) -> Metrics:
-        """Clip, step, advance the schedule, zero the gradients."""
+    def optim_step(self, accepts: Accepts = math.isfinite) -> Metrics:
+        """Clip, step, advance the schedule, zero the gradients; the last alone where the norm is refused."""
         with self._machine():
-            norm = self._stepper.gradient_norm()
-            if not math.isfinite(norm):
-                self._stepper.zero()
-                raise NonFiniteError(f"the gradient norm is {norm} though every loss is finite")
+            norm = self._agreed(self._stepper.gradient_norm())
             lr = self._learning_rate.at(self._steps)
-            self._stepper.step(norm, lr)
-        self._steps += 1
+            if accepts(norm):
+                self._stepper.step(norm, lr)
+                self._steps += 1
+            else:
+                self._stepper.zero()
         return {"grad_norm": norm, "lr": lr}
+
+    def _agreed(self, norm: float) -> float:
+        """Return the norm as the first rank has it: Megatron adds it up in groups, and a last bit could part
+        the ranks."""
+        value = torch.tensor(norm, dtype=torch.float64, device=self._device)
+        dist.broadcast(value, src=0)
+        return value.item()
 
     def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the full student weights as a Hugging Face folder holds them. Collective."""

@@ -143,11 +143,6 @@ class Ranks:
             sequence=self.sizes.tensor if self.sizes.sequence else 1,
         )
 
-    @property
-    def speaks(self) -> bool:
-        """Whether this rank is the one of those that computed the same loss which reports it."""
-        return self.is_last_stage and self.tensor.rank() == 0 and self.context.rank() == 0
-
     def from_last_stage(self, value: object) -> object:
         """Return the last stage's `value` on all stages. Collective."""
         if self.sizes.pipeline == 1:

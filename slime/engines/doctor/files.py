@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from slime.engines.doctor.material import Material, render
 from slime.engines.doctor.outcome import Fault, Finding
+from slime.engines.doctor.tokens import Tokens, compare_tokens
 from slime.engines.model_facts import ModelFacts, model_facts
 from slime.utils.processing_utils import load_processor
 
@@ -52,56 +53,16 @@ def compare_vocabularies(material: Material, teacher: CheckpointFiles) -> None:
     Raises:
         Fault: an id means another token, or is beyond the teacher's embedding.
     """
-    highest = len(material.tokenizer) - 1
-    if highest >= teacher.facts.vocab_size:
-        raise Fault(
-            "vocabulary-small",
-            f"the student's tokenizer has ids up to {highest} and the teacher's model has "
-            f"{teacher.facts.vocab_size}",
-            "distil from a teacher with the student's vocabulary",
-        )
-    ours, theirs = material.tokenizer.eos_token_id, teacher.tokenizer.eos_token_id
-    if ours != theirs:
-        raise Fault(
-            "special-tokens-differ",
-            f"the end of turn is {ours} for the student and {theirs} for the teacher",
-            "use checkpoints of one family (Thinking with Thinking, Instruct with Instruct)",
-        )
-    special = _differing(_special(material.tokenizer), _special(teacher.tokenizer))
-    if special:
-        raise Fault(
-            "special-tokens-differ",
-            f"{len(special)} special ids differ: {_shown(special)}",
-            "distil from a teacher with the student's special tokens",
-        )
-    tokens = _tokens(material.tokenizer)
-    ordinary = _differing(tokens, _tokens(teacher.tokenizer))
-    if ordinary:
-        raise Fault(
-            "vocabulary-differs",
-            f"{len(ordinary)} of {len(tokens)} ids are other tokens: {_shown(ordinary)}",
-            "distil from a teacher with the student's vocabulary",
-        )
+    compare_tokens(tokens_of(material.tokenizer), tokens_of(teacher.tokenizer), teacher.facts.vocab_size)
 
 
-def _special(tokenizer: Any) -> dict[int, str]:
-    return {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
-
-
-def _tokens(tokenizer: Any) -> dict[int, str]:
-    return {id_: token for token, id_ in tokenizer.get_vocab().items()}
-
-
-def _differing(ours: dict[int, str], theirs: dict[int, str]) -> list[tuple[int, str, str | None]]:
-    """Return (id, student's token, teacher's token) where they differ."""
-    return [(id_, token, theirs.get(id_)) for id_, token in sorted(ours.items()) if theirs.get(id_) != token]
-
-
-def _shown(differing: list[tuple[int, str, str | None]]) -> str:
-    shown = [
-        f"{id_} is {ours!r} for the student and {theirs!r} for the teacher" for id_, ours, theirs in differing
-    ]
-    return "; ".join(shown[:3]) + (" ..." if len(shown) > 3 else "")
+def tokens_of(tokenizer: Any) -> Tokens:
+    """Return what the ids of a tokenizer of transformers mean."""
+    return Tokens(
+        ids={id_: token for token, id_ in tokenizer.get_vocab().items()},
+        special={id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()},
+        end=tokenizer.eos_token_id,
+    )
 
 
 def compare_templates(material: Material, teacher: CheckpointFiles) -> Finding:

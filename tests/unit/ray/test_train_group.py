@@ -10,7 +10,9 @@ import pytest
 
 from slime.ray.cluster import EnginesLost
 from slime.ray.resources import Resources
+from slime.ray.train_actor import TrainResult
 from slime.ray.train_group import TrainGroup
+from slime.skipping.account import SkippedStep
 from slime.weight_sync.base import EngineMember
 from slime.weight_sync.probe import Gap, WeightMismatchError
 
@@ -24,6 +26,7 @@ class _Args:
     weight_sync: str = "tensor"
     precision: str = "float32"
     engine_dtype: str | None = None
+    max_skipped_steps: int = 2
 
 
 class _Rank:
@@ -35,6 +38,8 @@ class _Rank:
         self.losses = 0
         """Syncs in which an engine is lost."""
         self.gap = 1e-6
+        self.skipped: list[SkippedStep] = []
+        """What comes of the next rollouts' one step."""
 
     def __getattr__(self, method: str) -> Any:
         rank = self
@@ -54,8 +59,9 @@ class _Rank:
         if method != "setup":
             self._calls.append(method)
         if method == "train":
-            self.version += 1
-            return {"loss": 1.0}
+            self.version += 1 - len(self.skipped)
+            counts = {"optimizer_steps": 1.0 - len(self.skipped), "skipped_steps": float(len(self.skipped))}
+            return TrainResult(metrics={"loss": 1.0, **counts}, skipped=self.skipped)
         if method == "publish_weights":
             if self.losses:
                 self.losses -= 1
@@ -236,3 +242,17 @@ def test_a_gap_ends_the_run_before_anything_is_learned_from_it() -> None:
     with pytest.raises(WeightMismatchError, match=rf"{URL} .*version 0.*0\.5 at most"):
         run.train()
     assert run.seen() == [*TO_TRAINING, "compare"]
+
+
+def test_a_skipped_step_leaves_the_version_and_is_on_the_account() -> None:
+    run = _Run()
+    step = SkippedStep(rollout_id=0, number=0, version=0, loss=1.0, grad_norm=1e9, reason="too much")
+    run.rank.skipped = [step]
+    assert run.train()["skipped_steps"] == 1
+    run.publish()
+    assert run.seen() == ["train", "members", "publish_weights", "expect 0"]
+    assert (run.trainers.step, run.trainers.skips.latest) == (0, [step])
+    run.rank.skipped = []
+    run.train()
+    run.publish()
+    assert (run.trainers.step, run.trainers.skips.in_a_row) == (1, [])

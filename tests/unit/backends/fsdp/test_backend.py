@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from slime.backends.base import LossInputs, NonFiniteError
 from slime.backends.batching import MicroBatch, MicroBatchBuilder
 from slime.backends.fsdp.backend import FsdpBackend
 from slime.tiny.paths import checkpoint_path
@@ -198,47 +197,3 @@ def test_models_that_are_not_loaded_are_refused(vision_model: Path) -> None:
             backend.compute_log_probs([], "reference")
         with pytest.raises(ValueError, match="--opd-type megatron loads the teacher inside Megatron"):
             backend.compute_log_probs([], "teacher")
-
-
-def nan_in_second(outputs: LossInputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = outputs.log_probs.sum() * (float("nan") if 3 in batch.sample_indices else 1.0)
-    return loss, {}
-
-
-def test_a_loss_that_is_not_finite_names_its_micro_batch(vision_model: Path) -> None:
-    samples, pictures = make_samples(4)
-    batches = [
-        make_batch(vision_model, samples[:2], pictures),
-        make_batch(vision_model, samples[2:], pictures),
-    ]
-    with joined(make_args(vision_model, *DISTILL)) as backend:
-        before = {name: tensor.clone() for name, tensor in backend.hf_named_parameters()}
-        with pytest.raises(NonFiniteError, match=r"rank 0, micro-batch 1 \(samples \[(2, 3|3, 2)\]\)$"):
-            backend.forward_backward(batches, nan_in_second)
-        assert backend.weight_version == 0
-        assert all(torch.equal(tensor, before[name]) for name, tensor in backend.hf_named_parameters())
-        backend.forward_backward(batches, lambda outputs, batch: (outputs.log_probs.sum() * 1e-3, {}))
-        assert backend.optim_step()["grad_norm"] > 0, "the bad gradient is gone"
-        assert backend.weight_version == 1
-
-
-def test_a_gradient_that_is_not_finite_is_not_stepped(vision_model: Path) -> None:
-    samples, pictures = make_samples(4)
-    batch = make_batch(vision_model, samples, pictures)
-    with joined(make_args(vision_model, *DISTILL)) as backend:
-        backend.forward_backward(
-            [batch], lambda outputs, batch: ((outputs.log_probs * 0).abs().sqrt().sum(), {})
-        )
-        with pytest.raises(NonFiniteError, match="gradient norm is nan"):
-            backend.optim_step()
-
-
-def test_the_trainer_names_the_rollout(vision_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, pictures = make_samples(4)
-    args = make_args(vision_model, *DISTILL, *ONE_BATCH, samples=4)
-    shard = build_shards(args, samples, pictures, 1, 7)[0]
-    with joined(args) as backend:
-        trainer = Trainer(args, backend, load_processor(vision_model))
-        monkeypatch.setattr(trainer, "_objective", lambda plan, coef: nan_in_second)
-        with pytest.raises(NonFiniteError, match=r"rollout 7, optimizer step 0: .*micro-batch 0"):
-            trainer.train(7, shard)
