@@ -91,6 +91,7 @@ build_teacher_command() {
     TEACHER_COMMAND+=("$PYTHON" -m slime.engines.sglang_engine --role teacher --tp "$TEACHER_TP" --end-with-parent)
   else
     TEACHER_COMMAND+=(OMP_NUM_THREADS=1 "$PYTHON" -m slime.engines.transformers_engine)
+    if [[ " $SLIME_SCRIPT_EXTRA_ARGS " == *" --deterministic-rollout "* ]]; then TEACHER_COMMAND+=(--deterministic); fi
   fi
   TEACHER_COMMAND+=(--model-path "$TEACHER_PATH" --host 127.0.0.1 --port "$SLIME_SCRIPT_TEACHER_PORT")
 }

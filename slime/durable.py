@@ -87,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise FolderInUseError(
                 f"{folder} belongs to a run that is not over, and two would write the same files. Wait for "
-                "it, end it, or use another folder (--output-dir; with a launcher SLIME_SCRIPT_OUTPUT_DIR)."
+                "its end, or use another folder (--output-dir; with a launcher SLIME_SCRIPT_OUTPUT_DIR)."
             ) from None
         except OSError:  # a file system without locks, which guards nothing
             logger.warning("%s cannot be locked against a second run", folder)

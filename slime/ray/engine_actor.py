@@ -129,9 +129,6 @@ class EngineActor(Actor):
         from slime.engines.process import start_server
 
         args = self._args
-        extra = args.sglang_command_line()
-        if args.colocate and args.engine == "sglang":
-            extra = ["--enable-memory-saver", *extra]
         return start_server(
             args.engine,
             args.hf_checkpoint,
@@ -142,7 +139,7 @@ class EngineActor(Actor):
             gpus=self._gpus,
             dtype=args.engine_dtype or args.precision,
             threads=args.engine_threads,
-            extra_args=extra,
+            extra_args=server_flags(args),
             role="student",
         )
 
@@ -159,3 +156,11 @@ class EngineActor(Actor):
         if self._keeper is None:
             raise RuntimeError(f"{self.name} has no server yet; call start() first")
         return self._keeper
+
+
+def server_flags(args: Args) -> list[str]:
+    """Return what the arguments ask of a server beyond model, address and size."""
+    flags = args.sglang_command_line()
+    if args.engine == "sglang":
+        return ["--enable-memory-saver", *flags] if args.colocate else flags
+    return ["--deterministic"] if args.deterministic_rollout else []

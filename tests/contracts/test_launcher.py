@@ -377,3 +377,9 @@ def test_a_checkpoint_that_is_named_goes_before_the_folders_own(tmp_path: Path) 
     launched = machine.dry_run(**machine.local(), OUTPUT_DIR=str(folder), EXTRA_ARGS=extra)
     assert training(launched).load == "elsewhere/rollout-000004"
     assert "Resuming" not in launched.stdout
+
+
+def test_a_deterministic_rollout_has_a_deterministic_teacher(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    launched = machine.dry_run(**machine.local(), EXTRA_ARGS="--deterministic-rollout")
+    assert "--deterministic" in launched.arguments("slime.engines.transformers_engine")

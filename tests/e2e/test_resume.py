@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from slime.engines.process import ServerProcess
 from tests.fakes.jobs import arguments, running, start_teacher
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(3000)  # several jobs for one test, and busy machines
+RUN_SECONDS = 900
 ROLLOUTS, SAVED = 4, 2
 FLAGS = (
     *("--deterministic-rollout", "--eval-interval", "2"),
@@ -34,7 +35,6 @@ OF_THE_PROCESS = ("perf/", "data/picture", "sync/")
 """Metrics of what a process does: how long it takes, what it has seen before, that it checks its first
 weights."""
 EXPORT = f"checkpoints/hf/rollout-{ROLLOUTS:06d}/model.safetensors"
-OF_THE_ENGINE = "train_rollout_logprob_abs_diff"
 Start = Callable[..., Path]
 
 
@@ -66,11 +66,11 @@ def start(
         )
         with running(argv, folder) as job:
             if kill:
-                job.wait_until(checkpoint(folder, SAVED).is_dir, "no checkpoint")
+                job.wait_until(checkpoint(folder, SAVED).is_dir, "no checkpoint", RUN_SECONDS)
                 os.killpg(job.process.pid, signal.SIGKILL)
                 job.process.wait()
             else:
-                assert job.wait() == 0, job.console
+                assert job.wait(RUN_SECONDS) == 0, job.console
                 job.assert_nothing_left()
         return folder
 
@@ -137,9 +137,7 @@ def assert_same_prompts(resumed: Path, whole: Path, last: int = ROLLOUTS) -> Non
     for number in range(SAVED, last):
         ours, theirs = responses(resumed, number), responses(whole, number)
         assert len(ours) == len(theirs) == 8
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.pop("rollout_log_probs") == pytest.approx(other.pop("rollout_log_probs"), abs=1e-5)
-            assert one == other
+        assert ours == theirs
 
 
 def assert_same_metrics(resumed: Path, whole: Path) -> None:
@@ -148,8 +146,6 @@ def assert_same_metrics(resumed: Path, whole: Path) -> None:
     expected = [("eval", 0), 0, 1, ("eval", 2), 2, 3, ("eval", 4)]
     assert [_what(record) for record in ours] == [_what(record) for record in theirs] == expected
     for one, other in zip(ours, theirs, strict=True):
-        gap = [record.pop(OF_THE_ENGINE, 0.0) for record in (one, other)]
-        assert gap[0] == pytest.approx(gap[1], abs=1e-6)
         assert _comparable(one) == _comparable(other)
 
 
