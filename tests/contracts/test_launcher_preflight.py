@@ -132,11 +132,9 @@ def test_room_for_downloads_is_looked_at_before_them(tmp_path: Path) -> None:
 def test_the_preflight_can_be_left_out_and_a_dry_run_prints_it(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.environment |= {"PREFLIGHT_PLAYS": "fail", "TEACHER_PLAYS": "serve"}
-    assert run(machine)[0] == 1
-    assert not machine.pids(DRIVER)
     status, _, stderr = run(machine, SKIP_PREFLIGHT="1")
     assert status == 0, stderr
-    assert len(machine.pids(PREFLIGHT)) == 1
+    assert not machine.pids(PREFLIGHT)
     words = machine.dry_run(**machine.local()).arguments(PREFLIGHT)
     assert words[words.index("--teacher-path") + 1] == str(machine.teacher)
     assert words[words.index("--hf-checkpoint") + 1] == str(machine.student)
