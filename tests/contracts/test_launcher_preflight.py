@@ -19,9 +19,9 @@ DRIVER = "slime.train"
 SPLITS = ("train", "test")
 
 
-def ready(root: Path, gpus: int = 0, **options: int) -> Machine:
+def ready(root: Path, gpus: int = 0, *, gpu_mebibytes_used: int = 4) -> Machine:
     """Return a machine with real models and data, on which the preflight is the real one."""
-    machine = Machine(root, gpus, **options)
+    machine = Machine(root, gpus, gpu_mebibytes_used=gpu_mebibytes_used)
     machine.environment |= {"PREFLIGHT_PLAYS": "real", "TEACHER_PLAYS": "serve"}
     for name in ("student", "teacher"):
         shutil.copytree(checkpoint_path(name), root / name, dirs_exist_ok=True)
@@ -109,7 +109,7 @@ def swap_tokens(path: Path) -> None:
 
 
 def test_a_gpu_that_others_use_is_a_warning_while_the_model_fits(tmp_path: Path) -> None:
-    machine = ready(tmp_path, gpus=1, gpu_mebibytes=81559, gpu_mebibytes_used=60000)
+    machine = ready(tmp_path, gpus=1, gpu_mebibytes_used=60000)
     status, stdout, _ = run(machine)
     assert status == 0
     assert "warning, GPUs: GPU 0 (Stand-in) is in use: 58.6 GiB of 79.6 GiB are taken" in stdout
