@@ -11,7 +11,7 @@
 #   build_train_args    a function that sets TRAIN_ARGS from the paths and arrays below
 # and calls `launch`, which resolves, before build_train_args:
 #   STUDENT_PATH TRAIN_DATA TEST_DATA NUM_GPUS ENGINE    (with a teacher: RM_URL PATIENCE_ARGS)
-#   SAVE_ARGS           checkpoints, on GPUs
+#   SAVE_ARGS           checkpoints, the trained model, and what an earlier run in this folder left to go on from
 #   PRECISION_ARGS      the precision and size of a forward pass on this machine
 # shellcheck source=scripts/lib.sh
 source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/lib.sh"
@@ -249,12 +249,12 @@ build_train_command() {
   local cluster wandb=()
   cluster=(--train-backend "$SLIME_SCRIPT_TRAIN_BACKEND" --engine "$ENGINE" --output-dir "$SLIME_SCRIPT_OUTPUT_DIR")
   if [ "$NUM_GPUS" = 0 ]; then
-    SAVE_ARGS=()
+    save_args 10
     PRECISION_ARGS=(--train-dtype float32 --use-dynamic-batch-size --max-tokens-per-gpu 4096)
     # All at once, the short responses would end together and the teacher begin when the engine is done.
     cluster+=(--rollout-concurrency 64)
   else
-    SAVE_ARGS=(--save "$SLIME_SCRIPT_OUTPUT_DIR/checkpoints" --save-interval 50)
+    save_args 50
     PRECISION_ARGS=(--train-dtype bfloat16 --gradient-checkpointing --use-dynamic-batch-size --max-tokens-per-gpu 16384)
     cluster+=(--actor-num-nodes 1 --actor-num-gpus-per-node "$NUM_ACTOR_GPUS" --rollout-num-gpus "$NUM_ROLLOUT_GPUS"
       --rollout-num-gpus-per-engine "$GPUS_PER_ENGINE")
@@ -271,6 +271,31 @@ build_train_command() {
   split_words "$SLIME_SCRIPT_EXTRA_ARGS"
   TRAIN_ARGS+=("${cluster[@]}" ${wandb[@]+"${wandb[@]}"} ${WORDS[@]+"${WORDS[@]}"})
   TRAIN_COMMAND=(env "CUDA_VISIBLE_DEVICES=$STUDENT_GPUS" "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.train "${TRAIN_ARGS[@]}")
+}
+
+# save_args INTERVAL: sets SAVE_ARGS. A folder that holds a checkpoint is gone on with.
+save_args() {
+  local folder="$SLIME_SCRIPT_OUTPUT_DIR/checkpoints"
+  SAVE_ARGS=(--save "$folder" --save-interval "$1" --save-hf-interval 0)
+  if has_checkpoint; then SAVE_ARGS+=(--load "$folder"); fi
+}
+
+has_checkpoint() { compgen -G "$SLIME_SCRIPT_OUTPUT_DIR/checkpoints/rollout-*/state.json" >/dev/null; }
+
+# say_resumed: says where an earlier run stands, unless the user's flags name another place.
+say_resumed() {
+  local name number
+  if ! has_checkpoint || [[ " $SLIME_SCRIPT_EXTRA_ARGS" == *" --load"[\ =]* ]]; then return; fi
+  name="$(cat "$SLIME_SCRIPT_OUTPUT_DIR/checkpoints/latest" 2>/dev/null)" || name=""
+  if [[ ! "$name" =~ ^rollout-0*([0-9]+)$ ]]; then
+    say "Resuming from $SLIME_SCRIPT_OUTPUT_DIR/checkpoints"
+    return
+  fi
+  number=${BASH_REMATCH[1]}
+  say "Resuming from $SLIME_SCRIPT_OUTPUT_DIR/checkpoints/$name (rollout $number of $SLIME_SCRIPT_NUM_ROLLOUT)"
+  if [ "$number" -ge "$SLIME_SCRIPT_NUM_ROLLOUT" ]; then
+    say "This run is complete; only its last evaluation is made again. A larger SLIME_SCRIPT_NUM_ROLLOUT goes on with it."
+  fi
 }
 
 # megatron_args: sets MEGATRON_ARGS, what --train-backend megatron needs of this model on these GPUs. EXTRA_ARGS come after
@@ -319,6 +344,7 @@ print_configuration() {
     if with_teacher; then signal="$(masked "${SLIME_SCRIPT_TEACHER_URL:-$SLIME_SCRIPT_TEACHER_MODEL}")"; fi
     say "Student $SLIME_SCRIPT_STUDENT_MODEL learns from $signal."
   fi
+  say_resumed
   say "Configuration:"
   for name in "${KNOBS[@]}"; do
     variable="SLIME_SCRIPT_$name"

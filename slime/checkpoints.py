@@ -286,10 +286,7 @@ def describe(args: Args, point: ResumePoint) -> Iterator[str]:
             f"{args.num_train_ranks}: weights and optimizer are spread anew, random numbers seeded anew."
         )
     if done >= args.num_rollout:
-        yield (
-            f"All {done} rollouts of this run are done; a --num-rollout above {done} goes on with it "
-            "(SLIME_SCRIPT_NUM_ROLLOUT, where a launcher sets it)."
-        )
+        yield f"All {done} rollouts of this run are done; a larger --num-rollout goes on with it."
 
 
 def _path(save: Path, rollout_id: int) -> Path:

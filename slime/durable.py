@@ -5,13 +5,23 @@ What is written gets a name that nobody takes for complete, is flushed to the di
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 """Ends of the names of what is being written, and of what is being removed."""
+LOCK_NAME = ".lock"
+logger = logging.getLogger(__name__)
+
+
+class FolderInUseError(RuntimeError):
+    """Another process writes into a folder."""
 
 
 def begin_folder(path: Path) -> Path:
@@ -61,6 +71,27 @@ def write_file(path: Path, content: str) -> None:
     _sync(partial)
     os.replace(partial, path)
     _sync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder until the block ends, or this process does.
+
+    Raises:
+        FolderInUseError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(
+                f"{folder} belongs to a run that is not over, and two would write the same files. Wait for "
+                "it, end it, or use another folder (--output-dir; with a launcher SLIME_SCRIPT_OUTPUT_DIR)."
+            ) from None
+        except OSError:  # a file system without locks, which guards nothing
+            logger.warning("%s cannot be locked against a second run", folder)
+        yield
 
 
 def sync_tree(folder: Path) -> None:

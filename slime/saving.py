@@ -6,6 +6,7 @@ on the disk: whatever kills the run, no rollout before the checkpoint is without
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,8 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slime.checkpoints import RunState, begin_checkpoint, finish_checkpoint, keep_newest, maker_of
+from slime.checkpoints import (
+    RunState,
+    begin_checkpoint,
+    checkpoints_in,
+    damage,
+    finish_checkpoint,
+    keep_newest,
+    maker_of,
+)
 from slime.durable import begin_folder, finish_folder
+from slime.ray.cluster import ActorError
 from slime.ray.interrupts import shielded
 from slime.ray.rollout_group import RolloutGroup
 from slime.ray.train_group import TrainGroup
@@ -23,6 +33,10 @@ if TYPE_CHECKING:
     from slime.arguments import Args
 
 HF_FOLDER = "hf"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Saver:
@@ -51,8 +65,9 @@ class Saver:
             start = time.perf_counter()
             path = save / HF_FOLDER / f"rollout-{state.rollout_id:06d}"
             partial = begin_folder(path)
-            self._trainers.export(partial)
-            finish_folder(partial, path)
+            with whole_or_not_at_all(partial, save, state):
+                self._trainers.export(partial)
+                finish_folder(partial, path)
             metrics["perf/export_seconds"] = time.perf_counter() - start
         return metrics
 
@@ -60,7 +75,8 @@ class Saver:
         """Let the checkpoint that was written count, and remove the oldest."""
         if self._partial is None:
             return
-        path = finish_checkpoint(self._partial, state, maker_of(self._args))
+        with whole_or_not_at_all(self._partial, self._partial.parent, state):
+            path = finish_checkpoint(self._partial, state, maker_of(self._args))
         self._partial = None
         self._saved = state.rollout_id
         keep_newest(path, self._args.save_keep)
@@ -91,9 +107,31 @@ class Saver:
 
     def _write_checkpoint(self, save: Path, state: RunState) -> None:
         self._partial = begin_checkpoint(save, state.rollout_id)
-        self._trainers.save(self._partial)
+        with whole_or_not_at_all(self._partial, save, state):
+            self._trainers.save(self._partial)
+
+
+@contextmanager
+def whole_or_not_at_all(partial: Path, save: Path, state: RunState) -> Iterator[None]:
+    """Remove what was written where not all of it can be, on a full disk, say: it may take all the room.
+
+    Raises:
+        SaveError: that happened; the message ends with what there is to go on from.
+    """
+    try:
+        yield
+    except (ActorError, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(save).free / 1e6
+        whole = next((path for path in checkpoints_in(save) if damage(path) is None), None)
+        rest = "There is no whole checkpoint" if whole is None else f"The newest whole checkpoint is {whole}"
+        raise SaveError(
+            f"{error}\nWhat {state.rollout_id} rollouts have taught could not be written to {save}, where "
+            f"{free:,.0f} MB are free. {rest}. Make room or give another --save; --load {save} goes on from "
+            "there."
+        ) from error
 
 
 def is_due(interval: int | None, done: int, whole: int) -> bool:
     """Tell whether to write after `done` of `whole` rollouts: every `interval`, and after the last."""
-    return done == whole or (interval is not None and done % interval == 0)
+    return done == whole or (bool(interval) and done % interval == 0)

@@ -24,9 +24,11 @@ class ScratchFolder:
     def __init__(self, parent: Path, prefix: str) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent, prefix)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-        self._lock = (self.path / LOCK_NAME).open("w")
+        # Another run that starts at this moment removes what bears the prefix and is not locked.
+        hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}{os.getpid()}-", dir=parent))
+        self._lock = (hidden / LOCK_NAME).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
 
     def close(self) -> None:
         """Remove the folder. A second call does nothing."""

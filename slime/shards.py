@@ -121,7 +121,7 @@ def _plan_shards(
         plan = plan_micro_batches(
             [lengths[index] for index in chosen],
             num_ranks,
-            max_tokens=args.max_tokens_per_gpu if args.use_dynamic_batch_size else None,
+            max_tokens=_max_tokens(args),
             micro_batch_size=None if args.use_dynamic_batch_size else args.micro_batch_size or 1,
             packed=args.train_layout == "packed",
         )
@@ -144,6 +144,13 @@ def _plan_shards(
         _shard(rollout_id, [samples[index] for index in mine], pictures, plans, carried_by_all(samples))
         for mine, plans in zip(owned, steps, strict=True)
     ]
+
+
+def _max_tokens(args: Args) -> int | None:
+    """Return how many tokens a micro-batch may have; context-parallel ranks share them."""
+    if args.max_tokens_per_gpu is None:
+        return None
+    return args.max_tokens_per_gpu * args.context_parallel_size
 
 
 def _distill_mask(sample: TrainSample) -> Tensor:

@@ -22,6 +22,7 @@ from slime.checkpoints import (
     require_same_run,
     resume_point,
 )
+from slime.durable import FolderInUseError, locked
 from slime.local_models import with_local_models
 from slime.metrics.closing import close_run
 from slime.metrics.tracker import Tracker
@@ -33,11 +34,22 @@ from slime.ray.rollout_group import ReplayGroup, RolloutGroup
 from slime.ray.train_group import TrainGroup
 from slime.rollout.recording.head import RecordingError
 from slime.rollout.recording.places import require_recorded
-from slime.saving import Saver
+from slime.saving import SaveError, Saver
 from slime.skipping.account import TrainingStuckError
 from slime.supply import Supply
 from slime.weight_sync.probe import WeightMismatchError
 from slime.weight_sync.store import create_weight_folder
+
+ENDS = (
+    ActorError,
+    CheckpointError,
+    FolderInUseError,
+    RecordingError,
+    SaveError,
+    TrainingStuckError,
+    WeightMismatchError,
+)
+"""Errors whose message says all that there is to say."""
 
 
 def train(
@@ -119,7 +131,7 @@ def run(args: Args) -> None:
         require_recorded(args, first=point.state.rollout_id)
     args = with_local_models(args)
     require_same_run(args, point)
-    with Tracker(args, first_rollout=point.state.rollout_id) as tracker:
+    with locked(output_dir), Tracker(args, first_rollout=point.state.rollout_id) as tracker:
         for line in describe(args, point):
             tracker.say(line)
         if args.eval_teacher and args.opd_teacher_load is not None and point.state.teacher is None:
@@ -170,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore()
         sys.stderr.write("Interrupted; everything that this run started has been ended.\n")
         return exit_status()
-    except (ActorError, CheckpointError, RecordingError, TrainingStuckError, WeightMismatchError) as error:
+    except ENDS as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -1,4 +1,5 @@
-"""What every test shares: single-threaded torch, and no access to hubs or to a user's keys."""
+"""What every test shares: single-threaded torch, no access to hubs or to a user's keys, the same examples in
+every run."""
 
 from __future__ import annotations
 
@@ -6,11 +7,19 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Set before a test module imports transformers or datasets: a missing file is an error, not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A busy machine is slow, which is no fault of an example; and what one run finds, the next must find too. The
+# tests marked slow look for new examples (`derandomize=False`).
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True, scope="session")

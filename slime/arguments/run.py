@@ -31,8 +31,8 @@ class CheckpointArgs:
     save_hf_interval: int | None = flag(
         None,
         help="Write the student as a Hugging Face folder, --save/hf/rollout-000010, every so many rollouts "
-        "and after the last. None of them is removed.",
-        at_least=1,
+        "and after the last; 0: after the last alone. None of them is removed.",
+        at_least=0,
     )
 
     def validate(self) -> Iterator[str]:

@@ -34,13 +34,22 @@ GRACE_SECONDS = 10.0
 READY_POLL_SECONDS = 0.2
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 PROJECT_ROOT = Path(__file__).parents[2]
+_port_holders: list[socket.socket] = []
+"""Bound to the ports that `free_port` gave, never listening."""
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """Return a TCP port of one of this machine's addresses that nothing is bound to at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """Return a TCP port of one of this machine's addresses, free for a server that we start there.
+
+    The system gives it to nobody else as long as this process lives: a server takes seconds to begin to
+    listen, and until then the next who asks for any port could be given the same one.
+    """
+    holder = socket.socket()
+    holder.bind((host, 0))
+    # Beside a socket that does not listen, one that says the same may listen; every server does say it.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _port_holders.append(holder)
+    return holder.getsockname()[1]
 
 
 class ServerProcess:

@@ -21,7 +21,7 @@ from typing import IO
 import psutil
 
 POLL_SECONDS = 0.5
-KILL_SECONDS = 10.0
+KILL_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

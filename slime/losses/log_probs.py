@@ -173,12 +173,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ head
             if grad_head is not None:
-                _add_product(grad_head, grad_logits.T, rows)
+                add_product(grad_head, grad_logits.T, rows)
         grad_head = None if grad_head is None else grad_head.to(head.dtype)
         return grad_hidden, grad_head, None, None, None, None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left @ right` to `total`, without a copy of the head's size where the precision is the same."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)

@@ -66,8 +66,8 @@ class Tracker:
         dropped = drop_metrics(self.output_dir, first_rollout)
         if dropped:
             self.say(
-                f"{METRICS_FILE}: {dropped} lines are of rollout {first_rollout} "
-                f"or later and come again; they are in {self.output_dir / DROPPED_FILE}."
+                f"{METRICS_FILE}: what it had of rollout {first_rollout} and later ones comes again "
+                f"({dropped} line{'' if dropped == 1 else 's'}, now in {self.output_dir / DROPPED_FILE})."
             )
         self.records: list[dict[str, float]] = read_metrics(self.output_dir)
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")

@@ -10,6 +10,7 @@ from slime.arguments import Args, parse_args
 from slime.arguments.reward import RewardArgs
 from slime.engines.doctor.__main__ import parse_args as parse_doctor_args
 from tests.fakes.launcher import REPOSITORY, Launched, Machine
+from tests.fakes.processes import PATIENCE_SECONDS
 
 TRAIN = "slime.train"
 SGLANG = "slime.engines.sglang_engine"
@@ -306,7 +307,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     launcher = machine.start(
         **machine.local() | {"SKIP_SETUP": "1", "OUTPUT_DIR": str(tmp_path / "out")} | knobs
     )
-    _, stderr = launcher.communicate(timeout=60)
+    _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode not in (0, None)
     assert sentence in stderr
     assert not list(machine.stage.iterdir())
@@ -317,3 +318,62 @@ def test_a_split_that_does_not_fit_names_the_variable(tmp_path: Path) -> None:
     launched = Machine(tmp_path, 8).dry_run(NUM_GPUS_TEACHER="3")
     assert launched.returncode != 0
     assert "SLIME_SCRIPT_NUM_GPUS_TEACHER" in launched.stderr
+
+
+def checkpointed(folder: Path, *rollouts: int) -> Path:
+    """Make an output folder in which a run stopped after the last of `rollouts`."""
+    for number in rollouts:
+        path = folder / "checkpoints" / f"rollout-{number:06d}"
+        path.mkdir(parents=True)
+        (path / "state.json").touch()
+        (folder / "checkpoints" / "latest").write_text(path.name)
+    return folder
+
+
+@pytest.mark.parametrize(("gpus", "interval"), [(0, 10), (8, 50)])
+def test_every_run_saves_and_leaves_the_trained_model(tmp_path: Path, gpus: int, interval: int) -> None:
+    machine = Machine(tmp_path, gpus=gpus)
+    launched = machine.dry_run(**machine.local(), OUTPUT_DIR=str(tmp_path / "run"))
+    args = training(launched)
+    assert (args.save, args.load) == (str(tmp_path / "run" / "checkpoints"), None)
+    assert (args.save_interval, args.save_hf_interval) == (interval, 0)
+    assert "Resuming" not in launched.stdout
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_stood_and_this_is_said(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    folder = checkpointed(tmp_path / "run", 8, 10)
+    launched = machine.dry_run(**machine.local(), OUTPUT_DIR=str(folder))
+    assert training(launched).load == str(folder / "checkpoints")
+    said = f"Resuming from {folder}/checkpoints/rollout-000010 (rollout 10 of 20)"
+    assert said in launched.stdout.splitlines()
+    assert "complete" not in launched.stdout
+
+
+def test_a_finished_run_says_how_to_go_on(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    folder = checkpointed(tmp_path / "run", 20)
+    launched = machine.dry_run(**machine.local(), OUTPUT_DIR=str(folder))
+    assert "This run is complete" in launched.stdout
+    assert "A larger SLIME_SCRIPT_NUM_ROLLOUT goes on with it." in launched.stdout
+    longer = machine.dry_run(**machine.local(), OUTPUT_DIR=str(folder), NUM_ROLLOUT="30")
+    assert "(rollout 20 of 30)" in longer.stdout
+    assert "complete" not in longer.stdout
+
+
+def test_a_damaged_marker_is_left_to_the_driver(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    folder = checkpointed(tmp_path / "run", 10)
+    (folder / "checkpoints" / "latest").unlink()
+    launched = machine.dry_run(**machine.local(), OUTPUT_DIR=str(folder))
+    assert training(launched).load == str(folder / "checkpoints")
+    assert f"Resuming from {folder}/checkpoints" in launched.stdout.splitlines()
+
+
+def test_a_checkpoint_that_is_named_goes_before_the_folders_own(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    folder = checkpointed(tmp_path / "run", 10)
+    extra = "--load elsewhere/rollout-000004"
+    launched = machine.dry_run(**machine.local(), OUTPUT_DIR=str(folder), EXTRA_ARGS=extra)
+    assert training(launched).load == "elsewhere/rollout-000004"
+    assert "Resuming" not in launched.stdout

@@ -11,6 +11,7 @@ import pytest
 
 from slime.engines.process import ServerProcess
 from tests.fakes.jobs import Job, arguments, running, start_teacher
+from tests.fakes.processes import wait_until
 
 MANY = ("--num-rollout", "1000", "--skip-eval-before-train")
 
@@ -29,7 +30,7 @@ def test_a_signal_ends_everything(data, teacher: ServerProcess, tmp_path: Path, 
             job.interrupt()
         else:
             job.process.send_signal(number)
-        assert job.wait(60) == status, job.console
+        assert job.wait() == status, job.console
         job.assert_nothing_left()
     assert "Traceback" not in job.console
     assert teacher.alive
@@ -41,7 +42,7 @@ def test_a_second_ctrl_c_does_not_cut_the_end_short(data, teacher, tmp_path):
         job.interrupt()
         time.sleep(0.5)
         job.interrupt()
-        assert job.wait(60) == 130, job.console
+        assert job.wait() == 130, job.console
         job.assert_nothing_left()
 
 
@@ -53,14 +54,14 @@ def test_a_dead_process_ends_the_run_with_its_name_and_log(data, teacher, tmp_pa
     with running(arguments(data, teacher.url, tmp_path / "run", *flags), tmp_path / "run") as job:
         _wait_for_training(job)
         os.kill(job.find(f"{victim}(?!.*supervisor)").pid, signal.SIGKILL)
-        assert job.wait(60) == 1, job.console
+        assert job.wait() == 1, job.console
         job.assert_nothing_left()
     expected = "train_0 died" if victim == "ray::TrainActor" else "student's engine"
     assert expected in job.console
     assert "log" in job.console
 
 
-def test_a_killed_teacher_is_a_clear_error_within_a_minute(data, tmp_path):
+def test_a_killed_teacher_is_a_clear_error(data, tmp_path):
     patience = ("--teacher-patience", "4")
     with (
         start_teacher(tmp_path / "teacher.log") as doomed,
@@ -68,7 +69,7 @@ def test_a_killed_teacher_is_a_clear_error_within_a_minute(data, tmp_path):
     ):
         _wait_for_training(job)
         os.kill(doomed.pid, signal.SIGKILL)
-        assert job.wait(60) == 1, job.console
+        assert job.wait() == 1, job.console
         job.assert_nothing_left()
     last = job.console.strip().splitlines()[-1]
     assert "teacher" in last
@@ -81,7 +82,4 @@ def test_a_killed_driver_takes_its_processes_along(data, teacher, tmp_path):
         _wait_for_training(job)
         job.process.kill()
         job.process.wait()
-        deadline = time.monotonic() + 40
-        while left := job.processes():
-            assert time.monotonic() < deadline, [" ".join(process.cmdline())[:100] for process in left]
-            time.sleep(0.2)
+        wait_until(lambda: not job.processes(), "processes outlive their driver")

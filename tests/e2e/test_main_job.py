@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from slime.engines.process import ServerProcess
-from tests.fakes.jobs import arguments, running
+from tests.fakes.jobs import arguments, command_line, running
 
 IN_URL = "planted0in0a0url"
 SECRETS = {
@@ -38,7 +38,7 @@ def finished(
     with running(arguments(data, url, folder, *flags), folder, SECRETS) as job:
         job.wait_for("rollout 1/2")
         for process in job.find_all(r"transformers_engine|ray::"):
-            assert not any(secret in " ".join(process.cmdline()) for secret in SECRETS.values())
+            assert not any(secret in command_line(process) for secret in SECRETS.values())
         status = job.wait()
         assert status == 0, job.console
         job.assert_nothing_left()

@@ -135,5 +135,6 @@ def test_with_two_sglang_engines_the_job_ends_as_with_one(
         assert record["rollout/mixed_version_samples"] == record["rollout/engine_restarts"] == 0
         assert 0 < record["sync/logprob_abs_diff"] < LARGEST_GAP
         assert record["train_rollout_logprob_abs_diff"] < LARGEST_GAP
-    # Other samples were drawn, so that other questions of the 24 are answered: 0.5 and 0.625 were seen.
-    assert final_accuracy(folder) == pytest.approx(final_accuracy(one_sglang_engine), abs=0.3)
+    # Other samples were drawn, so that other questions of the 24 are answered: 0.5 and 0.625 were seen. That
+    # the weights are the trainer's is said above, here that they are a model's that answers.
+    assert min(final_accuracy(folder), final_accuracy(one_sglang_engine)) > 0.1

@@ -12,7 +12,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,7 +60,10 @@ class FakeEngine:
     fault_times: int = 10**9
     """How many requests meet the fault."""
     delay: float = 0.0
-    """Seconds that an answer takes."""
+    """Seconds that an answer takes at least."""
+    answer_when: Callable[[], bool] = lambda: True
+    """A request that has come is answered once this holds: however slow a machine is, it is in flight until
+    then."""
     top_form: Literal["base64", "flat", "long"] = "base64"
     """How the top-k is written."""
     control_delay: float = 0.0
@@ -75,6 +78,8 @@ class FakeEngine:
     generate_times: list[tuple[float, float]] = field(default_factory=list)
     """(start, end) of each generating or scoring request."""
     url: str = ""
+    hanging: int = 0
+    """How many requests were left without an answer."""
     in_flight: int = 0
     most_in_flight: int = 0
     aborted: list[str] = field(default_factory=list)
@@ -105,6 +110,8 @@ class FakeEngine:
         start = time.perf_counter()
         try:
             await asyncio.sleep(self.delay)
+            while not self.answer_when():  # noqa: ASYNC110 (it is about other threads)
+                await asyncio.sleep(0.005)
             return await self._generate(request, body)
         finally:
             self.in_flight -= 1
@@ -187,7 +194,8 @@ class FakeEngine:
             return web.Response(text="<html>a proxy's page</html>", content_type="text/html")
         if self._faulty("hang"):
             self._count_fault()
-            await asyncio.sleep(60)
+            self.hanging += 1
+            await asyncio.sleep(600)
         if self._faulty("reset") and request.transport is not None:
             self._count_fault()
             request.transport.abort()

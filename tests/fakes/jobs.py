@@ -25,7 +25,7 @@ from slime.tiny.problems import ProblemSet
 from tests.fakes.launcher import SCRIPT
 
 MARK = "SLIME_TEST_JOB"
-START_SECONDS = 240.0
+START_SECONDS = 480.0
 SHARED_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
 
@@ -40,10 +40,15 @@ def write_data(
     return paths
 
 
-def start_teacher(log_path: Path) -> ServerProcess:
-    """Start the tiny teacher and wait for it."""
+def start_teacher(log_path: Path, *flags: str) -> ServerProcess:
+    """Start the tiny teacher, with more flags, and wait for it."""
     server = start_server(
-        "transformers", str(checkpoint_path("teacher")), free_port(), log_path, role="teacher"
+        "transformers",
+        str(checkpoint_path("teacher")),
+        free_port(),
+        log_path,
+        role="teacher",
+        extra_args=flags,
     )
     server.wait_ready(START_SECONDS)
     return server
@@ -94,19 +99,21 @@ class Job:
 
     def find_all(self, pattern: str) -> list[psutil.Process]:
         """Return the job's processes whose command lines show `pattern`."""
-        return [process for process in self.processes() if re.search(pattern, _command_line(process))]
+        return [process for process in self.processes() if re.search(pattern, command_line(process))]
 
     def find(self, pattern: str) -> psutil.Process:
-        """Return the job's one process whose command line shows `pattern`."""
-        found = self.find_all(pattern)
-        assert len(found) == 1, f"{len(found)} processes match {pattern!r}"
-        return found[0]
+        """Return the job's one process whose command line shows `pattern`.
 
-    def assert_nothing_left(self, seconds: float = 10.0) -> None:
+        A copy that is about to be another program shows it too for a moment; that is waited for.
+        """
+        self.wait_until(lambda: len(self.find_all(pattern)) == 1, f"not one process matches {pattern!r}")
+        return self.find_all(pattern)[0]
+
+    def assert_nothing_left(self, seconds: float = 120.0) -> None:
         """Fail if a process, a folder of Ray's or published weights outlive the job by `seconds`."""
         deadline = time.monotonic() + seconds
         while left := self.processes():
-            assert time.monotonic() < deadline, [" ".join(process.cmdline())[:120] for process in left]
+            assert time.monotonic() < deadline, [command_line(process)[:120] for process in left]
             time.sleep(0.1)
         assert self.shared_folders() == []
 
@@ -123,7 +130,8 @@ def _mark(process: psutil.Process) -> str | None:
         return None
 
 
-def _command_line(process: psutil.Process) -> str:
+def command_line(process: psutil.Process) -> str:
+    """Return a process's command line, nothing where it has just ended."""
     try:
         return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):

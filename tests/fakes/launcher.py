@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fakes.processes import heed_interrupts
+from tests.fakes.processes import PATIENCE_SECONDS, heed_interrupts
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "opd_vlm" / "run_opd_vlm_geo3k.sh"
@@ -172,7 +172,7 @@ class Machine:
     def dry_run(self, **knobs: str) -> Launched:
         """Let the launcher print what it would do, with `SLIME_SCRIPT_<knob>` set."""
         done = self.start(DRY_RUN="1", **knobs)
-        stdout, stderr = done.communicate(timeout=60)
+        stdout, stderr = done.communicate(timeout=PATIENCE_SECONDS)
         return Launched(done.returncode, stdout, stderr)
 
     def start(self, **knobs: str) -> subprocess.Popen[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 ESTABLISHED = "01"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 HOLD_SECONDS = 120.0
 PAUSE_SECONDS = 8.0
 """How long a server that may owe all answers is kept from giving them."""
@@ -23,7 +23,7 @@ def heed_interrupts() -> None:
 
 
 def wait_until(true: Callable[[], object], what: str) -> None:
-    """Return once `true()` holds; fail where it takes longer than a minute."""
+    """Return once `true()` holds; fail where it takes longer than two minutes."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not true():
         assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS:g} s"

@@ -53,9 +53,14 @@ class Instead(Fault):
 
 
 class Hang(Fault):
+    """Never answers `/generate`."""
+
+    asked = False
+
     async def instead(self, request: web.Request, body: Json | None) -> web.StreamResponse | None:
         if body is not None:
-            await asyncio.sleep(30)
+            self.asked = True
+            await asyncio.sleep(600)
         return None
 
 
@@ -208,16 +213,11 @@ def unsteady(body: Json, triples: list[list[Any]]) -> list[list[Any]]:
     return [[value and value - random.random() * 3, *rest] for value, *rest in triples]
 
 
-class HidesPause(Fault):
+class HidesPause(Hang):
     """Seems healthy, and lets `/generate` hang until it says that it is paused."""
 
-    def __init__(self) -> None:
-        self.asked = False
-
     async def instead(self, request: web.Request, body: Json | None) -> web.StreamResponse | None:
-        if body is not None:
-            self.asked = True
-            await asyncio.sleep(30)
+        await super().instead(request, body)
         return web.Response(status=503) if self.asked and request.path == "/ready" else None
 
 

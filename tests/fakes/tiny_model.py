@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
@@ -32,13 +34,14 @@ SIDES = ((64, 64), (96, 64), (64, 96))
 """Heights and widths of the pictures: multiples of 32, so no processor resizes them."""
 
 
-def save_vision_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """Write a float32 Qwen3-VL with random weights."""
+def save_vision_model(folder: Path, *, tied: bool = True, ffn: int | None = None, seed: int = 0) -> Path:
+    """Write a float32 Qwen3-VL with random weights, its MLP as wide as the shipped ones' or `ffn`."""
     config = build_config(build_tokenizer())
     config.tie_word_embeddings = tied
     text = config.get_text_config()
     text.tie_word_embeddings = tied
     text.vocab_size = VOCABULARY
+    text.intermediate_size = ffn or text.intermediate_size
     torch.manual_seed(seed)
     Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
     save_processor(folder)
@@ -101,21 +104,26 @@ def save_upcycled_student(folder: Path, *, experts: int = 4) -> Path:
     return folder
 
 
-def save_text_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a float32 Qwen3 with random weights and the tiny tokenizer."""
+def save_text_model(folder: Path, *, experts: int = 0, seed: int = 0) -> Path:
+    """Write a float32 Qwen3 with random weights and the tiny tokenizer; with `experts` a mixture of them."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-    )
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    }
+    if experts:
+        chosen = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **chosen, moe_intermediate_size=20))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.float().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 

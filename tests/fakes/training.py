@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from slime.backends import create_backend
 from slime.backends.base import LossFn, LossInputs, TrainBackend
 from slime.backends.batching import MicroBatch
 from slime.backends.fsdp.backend import FsdpBackend
+from slime.engines.process import free_port
 from slime.skipping.account import SkippedStep
 from slime.trainer import Trainer, build_shards
 from slime.utils.processing_utils import load_processor
@@ -126,21 +125,6 @@ def make_args(model: Path, *flags: str, samples: int = 8, ranks: int = 1) -> Arg
     )
 
 
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def quiet_ports() -> Iterator[int]:
-    """Yield free ports that no connection is given by itself: they are still free in a minute."""
-    for port in random.sample(range(20000, 32000), 12000):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            yield port
-
-
 @contextmanager
 def joined(args: Args, rank: int = 0, world_size: int = 1, port: int | None = None) -> Iterator[FsdpBackend]:
     """Give an FSDP backend in a process group of its own."""
@@ -190,15 +174,15 @@ def train(model: Path, job: Job, rank: int = 0, world_size: int = 1) -> Outcome:
 
 
 def train_on_ranks(
-    model: Path, jobs: Sequence[Job], folder: Path, world_size: int = 2, timeout: float = 240
+    model: Path, jobs: Sequence[Job], folder: Path, world_size: int = 2, timeout: float = 500
 ) -> list[list[Outcome]]:
     """Run all jobs on `world_size` processes; return each job's outcome on every rank.
 
     Raises:
         AssertionError: a rank failed, or they were not done in time: a hang.
     """
-    for job, port in zip(jobs, quiet_ports(), strict=False):
-        job.port = port
+    for job in jobs:
+        job.port = free_port()
     torch.save(list(jobs), folder / "jobs.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ranks = [

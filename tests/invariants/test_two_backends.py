@@ -47,7 +47,10 @@ SP = ("--sequence-parallel",)
 PP2 = ("--pipeline-model-parallel-size", "2")
 CP2 = ("--context-parallel-size", "2")
 EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+SPLIT_EXPERTS = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "2")
+EP4 = ("--expert-model-parallel-size", "4", "--expert-tensor-parallel-size", "1")
 ZERO1 = ("--use-distributed-optimizer",)
+CLIPPED = ("--clip-grad", "0.05", "--weight-decay", "0.1")
 PADDED = ("--train-layout", "padded")
 RECOMPUTED = ("--gradient-checkpointing",)
 SELECTIVE = ("--recompute-granularity", "selective")
@@ -69,14 +72,17 @@ class Case:
     signal: str
     flags: tuple[str, ...]
     samples: int = 8
+    of_both: tuple[str, ...] = ()
+    """Flags that FSDP is given too."""
 
     def job(self, folder: Path, *more: str) -> Job:
         drawn, pictures = make_samples(
-            self.samples, top_k=5, with_pictures=(False,) if self.model == "text" else (True, False)
+            self.samples, top_k=5, with_pictures=(False,) if "text" in self.model else (True, False)
         )
         if self.samples == 2:  # one rank without samples
             drawn[0].response_length, drawn[0].loss_mask = 0, []
-        flags = (*DISTILL, *LINEAR_STEP, *SIGNALS[self.signal], "--logprob-chunk-size", "7", *more)
+        flags = (*DISTILL, *LINEAR_STEP, *SIGNALS[self.signal], "--logprob-chunk-size", "7")
+        flags = (*flags, *self.of_both, *more)
         return Job(flags, drawn, pictures, model=folder, masked_ids=MASKED, keep_loaded=True)
 
 
@@ -110,6 +116,11 @@ MORE_CASES = {
     "pipeline, attention recomputed": Case("dense", "sampled", (*PP2, *SELECTIVE)),
     "pipeline, sharded optimizer": Case("tied", "sampled", (*PP2, *ZERO1)),
     "text, tensor": Case("text", "topk", TP2),
+    "text, experts": Case("text mixture", "sampled", (*EP2, *ZERO1)),
+    "text, experts split by tensor": Case("text mixture", "topk", (*TP2, *SP)),
+    "context of experts": Case("mixture", "sampled", (*CP2, *EP2)),
+    "context, recomputed": Case("dense", "sampled", (*CP2, *RECOMPUTED)),
+    "clipped and decayed": Case("mixture", "sampled", (*EP2, *ZERO1), of_both=CLIPPED),
 }
 FOUR_RANKS = {
     "tensor, pipeline": Case("dense", "sampled", (*TP2, *SP, *PP2)),
@@ -117,6 +128,9 @@ FOUR_RANKS = {
     "pipeline, experts": Case("mixture", "topk", (*PP2, *EP2)),
     "context, pipeline": Case("dense", "topk", (*CP2, *PP2)),
     "tensor, context": Case("tied", "sampled", (*TP2, *SP, *CP2)),
+    "pipeline, tied, sharded optimizer": Case("tied", "sampled", (*PP2, *ZERO1)),
+    "experts split and spread": Case("mixture", "sampled", (*TP2, *SP, *SPLIT_EXPERTS)),
+    "experts over all ranks": Case("mixture", "topk", (*TP2, *SP, *EP4, *ZERO1)),
 }
 
 
@@ -129,6 +143,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mixture": save_mixture_model(folder / "mixture"),
         "mixture as saved": save_mixture_model(folder / "saved", published=False),
         "text": save_text_model(folder / "text"),
+        "text mixture": save_text_model(folder / "text_mixture", experts=4),
         "shipped": checkpoint_path("student"),
     }
 
@@ -156,8 +171,8 @@ def jobs_of(cases: dict[str, Case], models: dict[str, Path]) -> dict[str, Job]:
     }
 
 
-def run(jobs: dict[str, Job], folder: Path, ranks: int) -> dict[str, list[Outcome]]:
-    outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks, timeout=280)
+def run(jobs: dict[str, Job], folder: Path, ranks: int, timeout: float = 500) -> dict[str, list[Outcome]]:
+    outcomes = train_on_ranks(Path("unused"), list(jobs.values()), folder, ranks, timeout)
     return dict(zip(jobs, outcomes, strict=True))
 
 
@@ -168,12 +183,12 @@ def taught_job(models: dict[str, Path], *flags: str) -> Job:
     return Job((*flags, *more), samples, pictures, model=models["dense"], masked_ids=MASKED)
 
 
-EXPECTED: dict[tuple[str, str, int], Outcome] = {}
+EXPECTED: dict[tuple[object, ...], Outcome] = {}
 
 
 def expected(models: dict[str, Path], case: Case) -> Outcome:
     """Return what FSDP makes of the same batch on one rank, in one micro-batch."""
-    key = (case.model, case.signal, case.samples)
+    key = (case.model, case.signal, case.samples, *case.of_both)
     if key not in EXPECTED:
         EXPECTED[key] = train(Path("unused"), case.job(models[case.model], *ONE_BATCH))
     return EXPECTED[key]
@@ -294,16 +309,18 @@ def test_the_comparison_can_see(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_more_cases_on_two_ranks(models: dict[str, Path], tmp_path: Path) -> None:
-    outcomes = run(jobs_of(MORE_CASES, models), tmp_path, 2)
+    outcomes = run(jobs_of(MORE_CASES, models), tmp_path, 2, timeout=800)
     for name, case in MORE_CASES.items():
         for outcome in outcomes[name]:
             assert_same(outcome, expected(models, case))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_four_ranks_agree_with_fsdp(models: dict[str, Path], tmp_path: Path) -> None:
-    outcomes = run(jobs_of(FOUR_RANKS, models), tmp_path, 4)
+    outcomes = run(jobs_of(FOUR_RANKS, models), tmp_path, 4, timeout=800)
     for name, case in FOUR_RANKS.items():
         for outcome in outcomes[name]:
             assert_same(outcome, expected(models, case))

@@ -219,7 +219,7 @@ def test_another_number_of_ranks_and_a_finished_run_are_said(args, tmp_path):
     assert "written by 2 training ranks and is read by 1" in lines[1]
     assert "random numbers seeded anew" in lines[1]
     assert "All 10 rollouts of this run are done" in lines[2]
-    assert "SLIME_SCRIPT_NUM_ROLLOUT" in lines[2]
+    assert "a larger --num-rollout" in lines[2]
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):

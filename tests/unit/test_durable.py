@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from slime import durable
-from slime.durable import begin_folder, finish_folder, remove_folder, remove_leftovers, sync_tree, write_file
+from slime.durable import (
+    FolderInUseError,
+    begin_folder,
+    finish_folder,
+    locked,
+    remove_folder,
+    remove_leftovers,
+    sync_tree,
+    write_file,
+)
 
 
 @pytest.fixture
@@ -85,6 +94,14 @@ def test_a_folder_loses_its_name_before_its_files(tmp_path, monkeypatch):
     (tmp_path / ".latest.partial").write_text("")
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_belongs_to_one_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    with locked(folder), pytest.raises(FolderInUseError, match=f"{folder} belongs to a run"), locked(folder):
+        pass
+    with locked(folder):
+        pass
 
 
 def test_an_earlier_attempt_is_forgotten(tmp_path):

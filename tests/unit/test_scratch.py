@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from slime.scratch import ScratchFolder
@@ -28,3 +29,17 @@ def test_a_killed_runs_folder_is_removed_and_a_living_ones_is_not(tmp_path):
         assert unlocked.exists()
         assert first.path.exists()
         assert second.path.exists()
+
+
+def test_it_bears_its_name_only_when_it_is_locked(tmp_path, monkeypatch):
+    """Before that, another run that starts at the same moment would take it for one of a killed run."""
+    lock, named = fcntl.flock, []
+
+    def look_and_lock(*arguments):
+        named.append(list(tmp_path.glob("ours-*")))
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", look_and_lock)
+    with ScratchFolder(tmp_path, "ours-") as folder:
+        assert list(tmp_path.iterdir()) == [folder.path]
+    assert named == [[]]

@@ -53,6 +53,22 @@ def test_several_steps_split_the_rollout_in_order() -> None:
     assert [step.num_samples for step in shard.steps] == [4, 4]
 
 
+def test_the_budget_is_that_of_one_rank_of_a_shared_row() -> None:
+    samples, pictures = make_samples(8, with_pictures=(False,))
+    budget = ("--use-dynamic-batch-size", "--max-tokens-per-gpu", "20")
+    shared = ("--train-backend", "megatron", "--context-parallel-size", "2", "--actor-num-gpus-per-node", "2")
+    counts = []
+    for flags, limit in (((*budget,), 20), ((*budget, *shared), 40)):
+        (shard,) = shards(samples, pictures, *flags)
+        sizes = [
+            sum(shard.samples[local].expanded_length(2) for local in batch)
+            for batch in shard.steps[0].micro_batches
+        ]
+        assert limit / 2 < max(sizes) <= limit
+        counts.append(len(sizes))
+    assert counts[1] <= counts[0] / 2 + 1
+
+
 def spoil(sample: Sample, how: str) -> None:
     match how:
         case "failed":

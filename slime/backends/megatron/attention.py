@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from slime.backends.attention import packed_attention
 from slime.backends.megatron.layout import Row, Sharing, tokens_of_rank
+from slime.backends.megatron.rotary import rotate
 
 
 class RowParams(PackedSeqParams):
@@ -36,6 +38,29 @@ class RowParams(PackedSeqParams):
         self.row = row
         self.sharing = sharing
         self.order = _gathered_order(row, sharing) if sharing.context > 1 else None
+
+
+class RotatedSelfAttention(SelfAttention):
+    """Megatron's self-attention, but queries and keys are turned by what this rank's tokens need as it is.
+
+    Megatron would cut the angles of a packed row sample by sample, and in each layer ask the device for every
+    border.
+    """
+
+    _rotation: Tensor | None = None
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        """Return what Megatron's does; `rotary_pos_emb` [2, L, 1, 1, D] are cosines and sines."""
+        self._rotation = rotary_pos_emb
+        return super().forward(*args, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Return query [L, 1, H, D] and key [L, 1, K, D], turned, and value."""
+        made: Any = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, value = made
+        rotation, self._rotation = self._rotation, None
+        assert rotation is not None
+        return rotate(query, rotation), rotate(key, rotation), value
 
 
 class PackedCoreAttention(MegatronModule):
@@ -100,7 +125,10 @@ class PackedCoreAttention(MegatronModule):
         key, value = (
             tensor_parallel.gather_from_sequence_parallel_region(
                 states.contiguous(), tensor_parallel_output_grad=True, group=self._context
-            ).index_select(0, order)
+            )
+            .index_select(0, order)
+            # On a GPU the only kernel that takes a mask and fewer heads of keys holds all scores at once.
+            .repeat_interleave(self.num_key_value_groups, dim=1)
             for states in (key, value)
         )
         attended, start = [], 0
@@ -113,7 +141,6 @@ class PackedCoreAttention(MegatronModule):
                 *(part.transpose(0, 1)[None] for part in parts),
                 attn_mask=mask,
                 scale=self._scale,
-                enable_gqa=True,
             )
             attended.append(output[0].transpose(0, 1).flatten(1))
             start += length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from slime.backends.base import Accepts, LossFn, LossInputs, Metrics, ModelTag
 from slime.backends.batching import MicroBatch
-from slime.backends.megatron.checkpoint import load_sharded, save_sharded
+from slime.backends.megatron.checkpoint import load_masters, load_sharded, save_sharded
 from slime.backends.megatron.config import transformer_config
 from slime.backends.megatron.export import Exporter
 from slime.backends.megatron.held import HeldModel
@@ -72,7 +73,7 @@ class MegatronBackend:
             if args.opd_teacher_load is not None:
                 # Like a server's, the teacher's scores are over all tokens.
                 self._hold("teacher", args.opd_teacher_load, ())
-            student, parameters = self._load(args.hf_checkpoint, self._masked_ids)
+            student, parameters, stored = self._load(args.hf_checkpoint, self._masked_ids)
             if args.freeze_vision_tower and student.vision_model is not None:
                 student.vision_model.requires_grad_(False)
             self._student = student
@@ -80,6 +81,8 @@ class MegatronBackend:
             self._stepper = Stepper(args, self._ddp, self._dtype)
             self._parameters = parameters
             self._state = OptimizerState(self._stepper, parameters)
+            if self._dtype != torch.float32:
+                load_masters(stored, Checkpoint(args.hf_checkpoint), self._state)
             self._exporter = Exporter(parameters, student.shape, self._ranks, device)
         student.config.no_sync_func = self._ddp.no_sync
         # Losses are shares of a global mean: nothing is divided by a count of tokens afterwards.
@@ -118,11 +121,12 @@ class MegatronBackend:
 
     def _hold(self, tag: ModelTag, path: str, masked_ids: Sequence[int]) -> None:
         """Load a model that is only asked. Collective."""
-        model, _ = self._load(path, masked_ids)
+        model, _, _ = self._load(path, masked_ids)
         self._held[tag] = HeldModel(model, self._device)
 
-    def _load(self, path: str, masked_ids: Sequence[int]) -> tuple[PolicyModel, list[Named]]:
-        """Build a model and fill it from a checkpoint. Collective."""
+    def _load(self, path: str, masked_ids: Sequence[int]) -> tuple[PolicyModel, list[Named], list[Named]]:
+        """Build a model and fill it from a checkpoint; return with it its parameters as they are exported and
+        as this checkpoint has them. Collective."""
         hf_config = read_config(path)
         shape = shape_of(hf_config)
         config = transformer_config(
@@ -140,14 +144,12 @@ class MegatronBackend:
         parameters = named_parameters(model, self._ranks)
         mark_shared(parameters)
         checkpoint = Checkpoint(path)
-        stored = named_parameters(
-            model, self._ranks, published_experts=publishes_experts(checkpoint, shape.hidden)
-        )
+        stored = named_parameters(model, self._ranks, published_experts=publishes_experts(checkpoint, shape))
         load_weights(stored, checkpoint, tied=shape.tied)
         if self._args.gradient_checkpointing and model.vision_model is not None:
             tower: Any = model.vision_model
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model, parameters
+        return model, parameters, stored
 
     @property
     def weight_version(self) -> int:
@@ -218,7 +220,7 @@ class MegatronBackend:
         schedule = get_forward_backward_func()
         return schedule(
             forward_step_func=step,
-            data_iterator=iter(self._rows(micro_batches, policy)),
+            data_iterator=self._rows(micro_batches, policy),
             model=[model],
             num_microbatches=len(micro_batches),
             seq_length=1,  # micro-batches say how long they are
@@ -226,21 +228,25 @@ class MegatronBackend:
             forward_only=forward_only,
         )
 
-    def _rows(self, batches: Sequence[MicroBatch], policy: PolicyModel) -> list[Step]:
-        """Lay the micro-batches out, as long on every rank as Megatron's way to the experts needs."""
+    def _rows(self, batches: Sequence[MicroBatch], policy: PolicyModel) -> Iterator[Step]:
+        """Lay the micro-batches out, as long on every rank as Megatron's way to the experts needs.
+
+        Each goes to the device when its turn comes, its pictures only where they are looked at.
+        """
         config = policy.config
         sharing = self._ranks.sharing
         tokens = [row_tokens(lengths_of(batch), sharing) for batch in batches]
         gathers = config.num_moe_experts is not None and config.moe_token_dispatcher_type == "allgather"
         if gathers and self._ranks.experts.size() > 1:
             tokens = self._ranks.longest(tokens, self._device)
-        return [
-            (
-                batch.to(self._device),
-                lay_out(batch, sharing, merge_size=policy.shape.merge_size, tokens=count).to(self._device),
-            )
-            for batch, count in zip(batches, tokens, strict=True)
-        ]
+
+        def steps() -> Iterator[Step]:
+            for batch, count in zip(batches, tokens, strict=True):
+                row = lay_out(batch, sharing, merge_size=policy.shape.merge_size, tokens=count)
+                seen = batch if self._ranks.is_first_stage else replace(batch, pictures=())
+                yield seen.to(self._device), row.to(self._device)
+
+        return steps()
 
     def _add_over_ranks(self, losses: Tensor, sums: Sequence[dict[str, Tensor]]) -> Metrics:
         """Return the totals over micro-batches and data-parallel ranks, which the last stage knows."""

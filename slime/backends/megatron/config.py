@@ -56,7 +56,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=False,
-        **_mixture(shape, sizes, device),
+        **_mixture(shape, sizes, dtype, device),
         **_recomputation(args),
     )
     # Micro-batches differ in length; without this every stage would expect the first one's. Set afterwards,
@@ -66,7 +66,9 @@ def transformer_config(
     return config
 
 
-def _mixture(shape: ModelShape, sizes: Parallelism, device: torch.device) -> dict[str, Any]:
+def _mixture(
+    shape: ModelShape, sizes: Parallelism, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     if shape.experts == 0:
         return {}
     return {
@@ -84,7 +86,7 @@ def _mixture(shape: ModelShape, sizes: Parallelism, device: torch.device) -> dic
         # "alltoall" needs a CUDA stream.
         "moe_token_dispatcher_type": "alltoall" if device.type == "cuda" else "allgather",
         # All experts of a rank in one product; without TransformerEngine one after the other.
-        "moe_grouped_gemm": uses_transformer_engine(device),
+        "moe_grouped_gemm": uses_transformer_engine(device, dtype),
     }
 
 

@@ -6,6 +6,7 @@ No rank ever holds a tensor that is not its own, but for the block that is being
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slime.backends.megatron.parameters import Named
+from slime.backends.megatron.shape import ModelShape
 from slime.backends.megatron.weights import Piece
 
 TIED_HEAD = "lm_head.weight"
@@ -47,6 +49,10 @@ class Checkpoint:
         """Return a tensor's shape."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def is_float32(self, name: str) -> bool:
+        """Tell whether a tensor is of full precision."""
+        return self._files[name].get_slice(name).get_dtype() == "F32"
+
     def read(self, piece: Piece) -> Tensor:
         """Return a block, laid out like the rows that it fills."""
         lazy = self._files[piece.source].get_slice(piece.source)
@@ -57,11 +63,16 @@ class Checkpoint:
         return value.T if piece.transposed else value
 
 
-def publishes_experts(checkpoint: Checkpoint, hidden: int) -> bool:
-    """Tell whether fused experts are [experts, in, out], as published, or as transformers 5 saves them."""
+def publishes_experts(checkpoint: Checkpoint, shape: ModelShape) -> bool:
+    """Tell whether fused experts are [experts, in, out], as published, or as transformers 5 saves them.
+
+    Where one of the two tensors of a layer is as wide as it is high, the other one tells.
+    """
+    hidden, ffn = shape.hidden, shape.expert_ffn
+    telling, published = ("gate_up_proj", hidden) if hidden != 2 * ffn else ("down_proj", ffn)
     for name in sorted(checkpoint.names):
-        if name.endswith("mlp.experts.gate_up_proj"):
-            return checkpoint.size(name)[1] == hidden
+        if name.endswith(f"mlp.experts.{telling}"):
+            return checkpoint.size(name)[1] == published
     return True
 
 
@@ -73,20 +84,31 @@ def load_weights(parameters: Sequence[Named], checkpoint: Checkpoint, *, tied: b
         ValueError: a tensor is missing, has another shape than the config says, or belongs to no parameter of
             any rank.
     """
+    # A tied head is in some checkpoints and not in others.
+    found = differences(parameters, checkpoint, but={TIED_HEAD} if tied else set())
+    if found:
+        raise ValueError(f"the checkpoint is not what its config.json says: {'; '.join(found)}.")
+    for named in parameters:
+        fill(named, checkpoint)
+
+
+def differences(
+    parameters: Sequence[Named], checkpoint: Checkpoint, but: AbstractSet[str] = frozenset()
+) -> list[str]:
+    """Return, the same on every rank, where checkpoint and model differ, five things at most.
+
+    Tensors of `but` may belong to no parameter. Collective.
+    """
     problems = [problem for named in parameters for problem in _problems(named, checkpoint)]
     read = {source for named in parameters for source in named.weight.sources}
     everywhere: list[tuple[set[str], list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (read, problems))
     found = {problem for of_rank in everywhere if of_rank is not None for problem in of_rank[1]}
     used = {name for of_rank in everywhere if of_rank is not None for name in of_rank[0]}
-    # A tied head is in some checkpoints and not in others.
-    unused = checkpoint.names - used - ({TIED_HEAD} if tied else set())
+    unused = checkpoint.names - used - but
     if unused:
         found.add(f"{len(unused)} tensors belong to no parameter ({', '.join(sorted(unused)[:3])})")
-    if found:
-        raise ValueError(f"the checkpoint is not what its config.json says: {'; '.join(sorted(found)[:5])}.")
-    for named in parameters:
-        fill(named, checkpoint)
+    return sorted(found)[:5]
 
 
 def fill(named: Named, checkpoint: Checkpoint) -> None:

@@ -97,7 +97,7 @@ class PolicyModel(MegatronModule):
             hidden_states=hidden,
             attention_mask=None,
             context=features,
-            rotary_pos_emb=self.rotary(row.positions),
+            rotary_pos_emb=self.rotary(row.positions[:, row.local], self.config.params_dtype),
             packed_seq_params=RowParams(row, self._ranks.sharing),
         )
 

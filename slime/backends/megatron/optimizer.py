@@ -29,6 +29,12 @@ def wrap(args: Args, model: PolicyModel) -> DistributedDataParallel:
     return DistributedDataParallel(model.config, config, model)
 
 
+def fuses(model: torch.nn.Module) -> bool:
+    """Tell whether torch's AdamW steps this model in its fused kernel: the other one holds a further copy of
+    all weights while it steps."""
+    return next(model.parameters()).device.type == "cuda"
+
+
 class Stepper:
     """AdamW over a wrapped model's parameters; vectors (norms, biases) do not decay."""
 
@@ -54,6 +60,11 @@ class Stepper:
         for group in self.optimizer.param_groups:
             # Megatron leaves this to its own schedule of weight decay.
             group["weight_decay"] = args.weight_decay * group["wd_mult"]
+        for part in self.parts:
+            # Without TransformerEngine and Apex it is torch's, for which Megatron chooses no kernel.
+            if isinstance(part.optimizer, torch.optim.AdamW) and fuses(model):
+                for group in part.optimizer.param_groups:
+                    group["fused"], group["foreach"] = True, False
 
     @property
     def parts(self) -> list[MegatronOptimizer]:

@@ -78,7 +78,8 @@ class OptimizerState:
         state[kind] = mine.to(slot.main.device, torch.float32).clone()
         # torch counts steps beside each parameter, the fused optimizers once for a group of them.
         if isinstance(slot.part.optimizer, torch.optim.AdamW):
-            state["step"] = torch.tensor(float(steps))
+            fused = slot.part.optimizer.param_groups[0]["fused"]
+            state["step"] = torch.tensor(float(steps), device=slot.main.device if fused else "cpu")
         else:
             for group in slot.part.optimizer.param_groups:
                 group["step"] = steps

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slime.backends.outputs import OnePassOutputs
+from slime.losses.log_probs import ChunkedLogProbs, add_product
+
 _FLOOR = -1e5
 """The logit of tokens that are never sampled: its probability is exactly 0, and 0 times it is 0."""
 
@@ -27,6 +30,8 @@ class VocabularyShare:
 
     start: int
     width: int
+    tokens: int
+    """Of the whole vocabulary, without the filling that makes the slices equal."""
     closed: Tensor
     """int64, the tokens of the slice outside the distribution: never sampled, or filling."""
     group: dist.ProcessGroup
@@ -40,7 +45,9 @@ class VocabularyShare:
         start = group.rank() * width
         outside = sorted({*masked_ids, *range(vocabulary, rows)})
         closed = [token - start for token in outside if start <= token < start + width]
-        return VocabularyShare(start, width, torch.tensor(closed, dtype=torch.int64, device=device), group)
+        return VocabularyShare(
+            start, width, vocabulary, torch.tensor(closed, dtype=torch.int64, device=device), group
+        )
 
     def total(self, tensor: Tensor) -> Tensor:
         """Add up over the ranks, in place. Collective."""
@@ -64,22 +71,23 @@ class VocabularyShare:
         logits = rows @ head.T
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
-        return logits.index_fill_(1, self.closed, _FLOOR)
+        logits.index_fill_(1, self.closed, _FLOOR)
+        # Below the tokens that are never sampled: the likeliest of a small vocabulary are its tokens alone.
+        logits[:, max(0, self.tokens - self.start) :] = 2 * _FLOOR
+        return logits
+
+    def likeliest(self, logits: Tensor, count: int) -> Tensor:
+        """Return the likeliest tokens [C, count], likeliest first, of a chunk's logits [C, V] in all slices;
+        of a smaller vocabulary, all. Collective."""
+        count = min(count, self.tokens)
+        values, columns = logits.topk(min(count, self.width), dim=1)
+        values, ids = _joined(values, self.group), _joined(columns + self.start, self.group)
+        return ids.gather(1, values.topk(count, dim=1).indices)
 
 
-class SlicedLogProbs(NamedTuple):
-    """What chunks of logits are reduced to, the same on all ranks that share the vocabulary."""
-
-    log_probs: Tensor
-    """[Q, K], of the tokens asked for."""
-    entropy: Tensor
-    """[Q], in nats."""
-    log_rest: Tensor
-    """[Q], log-mass of all other tokens; empty unless asked for."""
-
-
-class ResponseOutputs:
-    """Implements `LossInputs`: each context-parallel rank computes its positions, and all see all [P]."""
+class ResponseOutputs(OnePassOutputs):
+    """Implements `LossInputs` and `ExpectingInputs`: each context-parallel rank computes its positions, and
+    all see all [P]."""
 
     def __init__(
         self,
@@ -93,60 +101,45 @@ class ResponseOutputs:
     ) -> None:
         """Take the hidden states [Q, H] of this rank's positions, its slice of the LM head [V, H], the tokens
         [P] that were sampled, and which of them belong to this rank [Q]."""
+        super().__init__(ids)
         self._hidden, self._head = hidden, head
-        self._ids, self._rows = ids, rows
+        self._rows = rows
         self._chunk_size = chunk_size
         self._vocabulary = vocabulary
         self._context = context
-        self._sampled: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def log_probs(self) -> Tensor:
-        """[P], log-prob of each sampled token."""
-        return self._pass()[0]
-
-    @property
-    def entropy(self) -> Tensor:
-        """[P], entropy in nats."""
-        return self._pass()[1]
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """Return the log-probs [P, K] of `ids` [P, K]."""
-        return self._whole(self._compute(self._hidden, ids).log_probs)
-
-    def gather_with_rest(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-probs [P, K] of `ids` [P, K], and the log of the mass of all other tokens [P]."""
-        made = self._compute(self._hidden, ids, with_rest=True)
-        return self._whole(made.log_probs), self._whole(made.log_rest)
-
-    @torch.no_grad()
-    def log_probs_at(self, temperature: float) -> Tensor:
-        """Return the log-probs [P] of the sampled tokens at another temperature, without gradient."""
-        cooled = self._hidden / temperature  # the LM head is linear: its logits are divided too
-        return self._whole(self._compute(cooled, self._ids[:, None]).log_probs)[:, 0]
-
-    @torch.no_grad()
-    def top_ids(self, count: int) -> Tensor:
-        """Return the likeliest tokens of each position, [P, count], likeliest first, without gradient."""
-        share = self._vocabulary
-        chunks = []
-        for rows in self._hidden.split(self._chunk_size):
-            values, columns = share.logits(rows, self._head).topk(min(count, share.width), dim=1)
-            values, ids = _joined(values, share.group), _joined(columns + share.start, share.group)
-            chunks.append(ids.gather(1, values.topk(min(count, values.shape[1]), dim=1).indices))
-        return self._whole(torch.cat(chunks))
-
-    def _pass(self) -> tuple[Tensor, Tensor]:
-        """Run the LM head once for both log-probs and entropy."""
-        if self._sampled is None:
-            made = self._compute(self._hidden, self._ids[:, None])
-            self._sampled = self._whole(made.log_probs)[:, 0], self._whole(made.entropy)
-        return self._sampled
-
-    def _compute(self, hidden: Tensor, ids: Tensor, *, with_rest: bool = False) -> SlicedLogProbs:
+    def compute(
+        self,
+        ids: Tensor,
+        *,
+        with_rest: bool = False,
+        rest_from: int = 0,
+        top: int = 0,
+        temperature: float = 1.0,
+    ) -> ChunkedLogProbs:
+        """Run the LM head once; see `slime.losses.log_probs.chunked_log_probs`. Collective."""
+        # The LM head is linear: its logits are divided too.
+        hidden = self._hidden if temperature == 1 else self._hidden / temperature
         mine = ids.index_select(0, self._rows)
-        made = _SlicedLogProbs.apply(hidden, self._head, mine, self._chunk_size, self._vocabulary, with_rest)
-        return SlicedLogProbs(*made)
+        apart = mine[:, rest_from:] if with_rest else None
+        made = ChunkedLogProbs(
+            *_SlicedLogProbs.apply(hidden, self._head, mine, apart, self._chunk_size, self._vocabulary, top)
+        )
+        return ChunkedLogProbs(
+            self._whole(made.log_probs),
+            self._whole(made.entropy),
+            self._whole(made.log_rest) if with_rest else made.log_rest,
+            self._whole(made.top_ids) if top > 0 else made.top_ids,
+        )
+
+    def likeliest(self, count: int) -> Tensor:
+        """Return the likeliest tokens of each position, [P, count]. Collective."""
+        share = self._vocabulary
+        chunks = [
+            share.likeliest(share.logits(rows, self._head), count)
+            for rows in self._hidden.split(self._chunk_size)
+        ]
+        return self._whole(torch.cat(chunks))
 
     def _whole(self, values: Tensor) -> Tensor:
         """Return [P, ...] of all context-parallel ranks' [Q, ...]."""
@@ -182,62 +175,92 @@ class _SlicedLogProbs(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         ids: Tensor,
+        apart: Tensor | None,
         chunk_size: int,
         share: VocabularyShare,
-        with_rest: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the head chunk by chunk and keep log-probs, entropy and normaliser."""
+        top: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the head chunk by chunk and keep log-probs, entropy and normaliser.
+
+        `apart` [Q, M] are the tokens that the rest leaves out; None: no rest is wanted.
+        """
         ctx.set_materialize_grads(False)
-        log_probs, entropies, normalizers, rests = [], [], [], []
-        for rows, wanted in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True):
-            logits = share.logits(rows, head)
-            columns, here = share.columns(wanted)
+        log_probs, entropies, normalizers, rests, likeliest = [], [], [], [], []
+        for start in range(0, max(1, hidden.shape[0]), chunk_size):
+            part = slice(start, start + chunk_size)
+            logits = share.logits(hidden[part], head)
+            columns, here = share.columns(ids[part])
             peak = share.largest(logits.amax(dim=1))
             weights = logits.sub(peak[:, None]).exp_()
-            sums = torch.stack([weights.sum(dim=1), (weights * logits).sum(dim=1)], dim=1)
+            sums = torch.stack([weights.sum(dim=1), weights.mul_(logits).sum(dim=1)], dim=1)
+            del weights
             chosen = torch.where(here, logits.gather(1, columns), 0.0)
             added = share.total(torch.cat([sums, chosen], dim=1))
             normalizer = peak + added[:, 0].log()
             log_probs.append(added[:, 2:] - normalizer[:, None])
             entropies.append(normalizer - added[:, 1] / added[:, 0])
             normalizers.append(normalizer)
-            if with_rest:
-                rests.append(_log_sum(_without(logits, columns, here), share) - normalizer)
+            if top > 0:
+                likeliest.append(share.likeliest(logits, top))
+            if apart is not None:
+                others = _without(logits, *share.columns(apart[part]))
+                rests.append(_log_sum(others, share) - normalizer)
         entropy = torch.cat(entropies)
         rest = torch.cat(rests).clamp_(min=_FLOOR) if rests else entropy.new_zeros(0)
-        ctx.save_for_backward(hidden, head, ids, torch.cat(normalizers), entropy, rest)
+        top_ids = torch.cat(likeliest) if likeliest else ids.new_zeros(ids.shape[0], 0)
+        ctx.save_for_backward(hidden, head, ids, apart, torch.cat(normalizers), entropy, rest)
+        ctx.mark_non_differentiable(top_ids)
         ctx.chunk_size, ctx.share = chunk_size, share
-        return torch.cat(log_probs), entropy, rest
+        return torch.cat(log_probs), entropy, rest, top_ids
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_rest: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        ctx: Any,
+        grad_log_probs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_rest: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         """Push each chunk's gradient through this rank's slice of the head.
 
         What comes back for the hidden states is this slice's part; Megatron adds the parts up.
         """
-        hidden, head, ids, normalizers, entropy, rest = ctx.saved_tensors
+        hidden, head, ids, apart, normalizers, entropy, rest = ctx.saved_tensors
+        share: VocabularyShare = ctx.share
         wide = normalizers.dtype
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
+            rows = hidden[part]
             logits = _logits_gradient(
-                ctx.share.logits(hidden[part], head).sub_(normalizers[part, None]),
-                ctx.share.columns(ids[part]),
+                share.logits(rows, head).sub_(normalizers[part, None]),
+                share.columns(ids[part]),
                 entropy[part],
                 None if grad_log_probs is None else grad_log_probs[part],
                 None if grad_entropy is None else grad_entropy[part],
-                None if grad_rest is None else (rest[part], grad_rest[part]),
+                None
+                if grad_rest is None
+                else _Rest(*share.columns(apart[part]), rest[part], grad_rest[part]),
             )
-            logits = logits.index_fill_(1, ctx.share.closed, 0.0).to(hidden.dtype)
+            logits = logits.index_fill_(1, share.closed, 0.0).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = logits @ head
             if grad_head is not None:
-                grad_head += logits.T @ hidden[part]
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
+                add_product(grad_head, logits.T, rows)
+        grad_head = None if grad_head is None else grad_head.to(head.dtype)
+        return grad_hidden, grad_head, None, None, None, None, None
+
+
+class _Rest(NamedTuple):
+    """A chunk's tokens [C, M] that are no part of the rest, as columns of the slice and which are in it, and
+    the rest's log-mass and its gradient [C]."""
+
+    columns: Tensor
+    here: Tensor
+    log_mass: Tensor
+    gradient: Tensor
 
 
 def _logits_gradient(
@@ -246,28 +269,29 @@ def _logits_gradient(
     entropy: Tensor,
     grad_chosen: Tensor | None,
     grad_entropy: Tensor | None,
-    rest: tuple[Tensor, Tensor] | None,
+    rest: _Rest | None,
 ) -> Tensor:
     """Return the gradient [C, V] with respect to one chunk's logits in this slice.
 
-    The formulas are those of `slime.losses.log_probs`: with p = softmax(z), d log p_k / dz = onehot_k - p,
-    dH / dz = -p (log p + H), and with r the distribution among the others, d log rest / dz = r - p.
+    `log_probs` [C, V] is used up. The formulas are those of `slime.losses.log_probs`: with p = softmax(z),
+    d log p_k / dz = onehot_k - p, dH / dz = -p (log p + H), and with r the distribution among the others,
+    d log rest / dz = r - p.
     """
     columns, here = chosen
     among = None
     if rest is not None:
-        among = _without(log_probs - rest[0][:, None], columns, here).exp_()
-    probs = log_probs.exp()
+        among = _without(log_probs - rest.log_mass[:, None], rest.columns, rest.here).exp_()
+    probs = log_probs.exp_() if grad_entropy is None else log_probs.exp()
     factor = torch.zeros_like(entropy)[:, None]
     if grad_chosen is not None:
         factor = factor - grad_chosen.sum(dim=1, keepdim=True)
     if rest is not None:
-        factor = factor - rest[1][:, None]
+        factor = factor - rest.gradient[:, None]
     if grad_entropy is not None:
         factor = factor - grad_entropy[:, None] * (log_probs + entropy[:, None])
     gradient = probs.mul_(factor)
     if among is not None and rest is not None:
-        gradient.addcmul_(among, rest[1][:, None])
+        gradient.addcmul_(among, rest.gradient[:, None])
     if grad_chosen is not None:
         gradient.scatter_add_(1, columns, torch.where(here, grad_chosen, 0.0).to(gradient.dtype))
     return gradient

@@ -59,6 +59,11 @@ class Parallelism:
                 f"--tensor-model-parallel-size {self.tensor} does not divide the model's {shape.kv_heads} "
                 f"heads of keys. Choose a divisor of {shape.kv_heads}."
             )
+        if not mixture and shape.ffn % self.tensor:
+            yield (
+                f"--tensor-model-parallel-size {self.tensor} does not divide the {shape.ffn} columns of the "
+                f"model's MLP. Choose a divisor of {shape.ffn}."
+            )
         if shape.layers % self.pipeline:
             yield (
                 f"--pipeline-model-parallel-size {self.pipeline} does not divide the model's {shape.layers} "
@@ -82,6 +87,12 @@ class Parallelism:
             yield (
                 f"--expert-model-parallel-size {self.expert} does not divide the model's {shape.experts} "
                 "experts. Choose a divisor."
+            )
+        if shape.expert_ffn % self.expert_tensor:
+            yield (
+                f"--expert-tensor-parallel-size {self.expert_tensor} (--tensor-model-parallel-size unless "
+                f"given) does not divide the {shape.expert_ffn} columns of an expert. Choose a divisor of "
+                f"{shape.expert_ffn}."
             )
         if self.expert == 1 and self.expert_tensor != self.tensor:
             yield (

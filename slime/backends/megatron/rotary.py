@@ -1,6 +1,6 @@
 """Interleaved multimodal rotary positions (mRoPE) of Qwen3-VL, which in a text are plain counts.
 
-Shape letters: T tokens of a row, D values of a head.
+Shape letters: T tokens of a row, H heads, D values of a head.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def mrope_positions(
 
 
 class InterleavedRotary(nn.Module):
-    """Angles of rotary embeddings from positions in three dimensions.
+    """Rotations of queries and keys from positions in three dimensions.
 
     Every third frequency, up to three times a section's size, belongs to height and every third to width; the
     others are time's. Where all three positions are equal, it is the ordinary rotary embedding.
@@ -63,8 +63,8 @@ class InterleavedRotary(nn.Module):
         self._base, self._head_dim = base, head_dim
         self._section = None if section is None else tuple(section)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """Return the angles float32 [T, 1, 1, D] of positions [3, T], in Megatron's form."""
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the cosines and sines [2, T, 1, 1, D] of positions [3, T]; the angles are float32."""
         steps = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=positions.device)
         frequencies = 1.0 / self._base ** (steps / self._head_dim)
         angles = positions[..., None].float() * frequencies  # [3, T, D / 2]
@@ -73,4 +73,12 @@ class InterleavedRotary(nn.Module):
             for dimension in (HEIGHT, WIDTH):
                 own = slice(dimension, 3 * self._section[dimension], 3)
                 mixed[:, own] = angles[dimension, :, own]
-        return torch.cat((mixed, mixed), dim=-1)[:, None, None, :]
+        both = torch.cat((mixed, mixed), dim=-1)[:, None, None, :]
+        return torch.stack((both.cos(), both.sin())).to(dtype)
+
+
+def rotate(states: Tensor, rotation: Tensor) -> Tensor:
+    """Return queries or keys [T, 1, H, D] turned by `rotation` [2, T, 1, 1, D]."""
+    cosines, sines = rotation
+    first, second = states.chunk(2, dim=-1)
+    return states * cosines + torch.cat((-second, first), dim=-1) * sines

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of: TransformerEngine's on a GPU where it is installed, else plain torch."""
+"""Which modules make a layer: TransformerEngine's in half precision where a GPU has it, else plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slime.backends.megatron.attention import PackedCoreAttention
+from slime.backends.megatron.attention import PackedCoreAttention, RotatedSelfAttention
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -65,16 +65,18 @@ class DeepstackLayer(TransformerLayer):
 
 def block_spec(config: TransformerConfig, device: torch.device) -> TransformerBlockSubmodules:
     """Return what this rank's part of the decoder is made of."""
-    with_engine = uses_transformer_engine(device)
+    with_engine = uses_transformer_engine(device, config.params_dtype)
     layer = _engine_layer(config) if with_engine else _plain_layer(config)
     layer.module = DeepstackLayer
+    parts: Any = layer.submodules
+    parts.self_attention.module = RotatedSelfAttention
     norm: Any = TENorm if with_engine else RootMeanSquareNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
-def uses_transformer_engine(device: torch.device) -> bool:
-    """Tell whether layers are TransformerEngine's."""
-    return bool(HAVE_TE) and device.type == "cuda"
+def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether layers are TransformerEngine's, whose attention of packed rows knows no float32."""
+    return bool(HAVE_TE) and device.type == "cuda" and dtype != torch.float32
 
 
 def _engine_layer(config: TransformerConfig) -> ModuleSpec:

@@ -17,6 +17,7 @@ def examine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Examine:
         file = tmp_path / "doctor.json"
         argv = [word for url in urls for word in ("--teacher-url", url)]
         argv += ["--student-path", str(student)] if student else []
+        argv += ["--timeout", "120", "--deadline", "240"]  # a busy machine is no fault of the teacher
         code = main([*argv, "--json", str(file), *more])
         written = json.loads(file.read_text())
         checks = {check["check"]: check for check in written["checks"]}

@@ -4,23 +4,24 @@ The teacher is our transformers engine with the tiny checkpoint; a proxy in fron
 time, so that all else in the answers is real.
 """
 
-import asyncio
 import json
 import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiohttp import web
 
+from slime.engines.doctor import examination
 from slime.engines.doctor.__main__ import main
 from slime.engines.process import ServerProcess, free_port, start_server
 from slime.tiny.paths import checkpoint_path
 from tests.contracts.doctor.support import TEACHER, Examine
 from tests.contracts.reference import Http
+from tests.fakes.impatience import time_is_out_when
 from tests.fakes.planting_proxy import Fault, Json, planted
 from tests.fakes.teacher_faults import (
     PLANTED,
@@ -33,14 +34,12 @@ from tests.fakes.teacher_faults import (
     WithoutTokenIds,
 )
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("doctor") / "teacher.log"
     with start_server("transformers", str(TEACHER), free_port(), log, role="teacher") as server:
-        server.wait_ready(120)
+        server.wait_ready(300)
         yield server
 
 
@@ -54,7 +53,8 @@ def test_a_healthy_teacher_passes_every_check(server: ServerProcess, examine: Ex
     warned = [name for name, check in found.checks.items() if check["status"] == "warn"]
     assert warned == ["prefix-cache"]  # this engine keeps none
     assert found.skipped() == []
-    assert found.checks["same-model"]["values"]["kl"] > 0.1
+    # Of a few sampled responses: 0.9 to 5 were seen, of text alone 0.27 to 0.8; the same model has < 1e-3.
+    assert found.checks["same-model"]["values"]["kl"] > 0.02
     assert found.checks["sees"]["values"]["largest"] > 1.0
     lines = found.printed.splitlines()
     assert len(lines) == len(found.checks) + 1
@@ -102,18 +102,18 @@ def test_a_text_only_teacher_passes_where_no_prompt_has_a_picture(
         found = examine(url, more=("--text-only",))
     assert found.code == 0, found.printed
     assert found.skipped() == ["image-processor", "image-receipt", "image-sizes", "sees"]
-    assert found.checks["same-model"]["values"]["kl"] > 0.1
+    assert found.checks["same-model"]["values"]["kl"] > 0.02
 
 
 def test_a_text_only_teacher_of_a_text_only_student_passes(tmp_path: Path, examine: Examine) -> None:
     teacher, student = checkpoint_path("text_teacher"), checkpoint_path("text_student")
     with start_server("transformers", str(teacher), free_port(), tmp_path / "log", role="teacher") as server:
-        server.wait_ready(120)
+        server.wait_ready(300)
         found = examine(server.url, student=student)
     assert found.code == 0, found.printed
     assert [name for name, check in found.checks.items() if check["status"] == "warn"] == ["prefix-cache"]
     assert found.skipped() == ["image-processor", "image-receipt", "image-sizes", "sees"]
-    assert found.checks["same-model"]["values"]["kl"] > 0.1
+    assert found.checks["same-model"]["values"]["kl"] > 0.02
 
 
 def test_a_hub_name_is_not_compared_and_that_is_said(server: ServerProcess, examine: Examine) -> None:
@@ -157,15 +157,25 @@ def test_a_paused_teacher_is_named(server: ServerProcess, examine: Examine) -> N
 
 @pytest.mark.parametrize(("fault", "name"), [(Hang(), "hangs"), (HidesPause(), "paused")])
 def test_a_teacher_that_hangs_ends_the_examination(
-    server: ServerProcess, examine: Examine, fault: Fault, name: str
+    server: ServerProcess, examine: Examine, monkeypatch: pytest.MonkeyPatch, fault: Hang, name: str
 ) -> None:
+    time_is_out_when(monkeypatch, lambda: fault.asked)
     with planted(server.url, fault) as url:
-        found = examine(url, more=("--timeout", "1"))
+        found = examine(url)
     assert found.faults == {"vocabulary": name}
     assert {"chat-template", "latency"} <= set(found.skipped())
 
 
-def test_addresses_where_nothing_is_are_told_apart(examine: Examine) -> None:
+def test_addresses_where_nothing_is_are_told_apart(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def unknown(host: Any, *args: Any, **options: Any) -> Any:
+        """Without a network it can take a minute to learn that."""
+        if host == "no-such-host.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert examine(f"http://127.0.0.1:{free_port()}").faults == {"reachable": "refused"}
     assert examine("http://no-such-host.invalid:1").faults == {"reachable": "unknown-host"}
 
@@ -175,7 +185,7 @@ def test_a_port_that_speaks_no_http_is_told_apart(examine: Examine) -> None:
 
         def greet() -> None:
             connection, _ = listening.accept()
-            connection.recv(100)
+            connection.recv(2**16)
             connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
             connection.close()
 
@@ -260,15 +270,23 @@ def test_a_server_whose_tokenizer_cannot_be_asked_is_examined_by_its_files(
     assert found.checks["text-receipt"]["status"] == "pass"
 
 
-def test_a_slow_teacher_is_not_waited_for_forever(server: ServerProcess, examine: Examine) -> None:
+def test_a_slow_teacher_is_not_waited_for_forever(
+    server: ServerProcess, examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Slow(Fault):
-        async def instead(self, request: web.Request, body: Json | None) -> web.StreamResponse | None:
-            if body is not None:
-                await asyncio.sleep(0.3)
-            return None
+        """Takes a minute for its third answer, by the examination's clock."""
 
-    with planted(server.url, Slow()) as url:
-        found = examine(url, more=("--deadline", "1.5"))
+        asked = 0
+
+        def request(self, body: Json) -> Json:
+            self.asked += 1
+            return body
+
+    slow = Slow()
+    clock = SimpleNamespace(monotonic=lambda: 60.0 if slow.asked >= 3 else 0.0)
+    monkeypatch.setattr(examination, "time", clock)
+    with planted(server.url, slow) as url:
+        found = examine(url, more=("--deadline", "59"))
     late = [name for name, check in found.checks.items() if check["fault"] == "out-of-time"]
     assert len(late) == 1, found.printed
     assert "latency" in found.skipped()

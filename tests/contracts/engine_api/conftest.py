@@ -12,7 +12,7 @@ import pytest
 from slime.engines.process import free_port, start_server
 from tests.contracts.engine_api.support import MODEL, Engine, load_exchanges
 
-START_SECONDS = {"transformers": 120, "sglang": 500}
+START_SECONDS = {"transformers": 300, "sglang": 500}
 GIVEN_URL = os.environ.get("SLIME_TEST_ENGINE_URL")
 KINDS = ["url"] if GIVEN_URL else ["transformers", pytest.param("sglang", marks=pytest.mark.sglang)]
 

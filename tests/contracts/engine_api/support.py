@@ -75,7 +75,7 @@ class Engine:
         key = {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}
         return {"Content-Type": "application/json", **key}
 
-    def ask(self, method: str, path: str, body: Any = None, *, patience: float = 60.0) -> tuple[int, Any]:
+    def ask(self, method: str, path: str, body: Any = None, *, patience: float = 120.0) -> tuple[int, Any]:
         """Send one request; return its status and its body, decoded if it is JSON. Raises TimeoutError."""
         parts = urlsplit(self.url)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=patience)
@@ -154,7 +154,7 @@ class Running:
         return self._ended.is_set()
 
     def wait_for(self, true: Callable[[dict[str, Any]], object], what: str) -> None:
-        """Return once the answer is as wanted; fail if that takes a minute, or if the answer ends before."""
+        """Return once the answer is as wanted; fail if it takes two minutes, or if the answer ends before."""
         wait_until(lambda: self.ended or (self._latest and true(self.answer)), f"{self.rid}: {what}")
         assert self._latest, f"{self.rid} ended without an answer"
         assert true(self.answer), f"{self.rid} ended before it was so that {what}: {self.answer}"

@@ -99,7 +99,7 @@ def joined_group(engine: Engine, name: str) -> Iterator[Any]:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(engine.post, "/init_weights_update_group", place | group_body(name))
         group = join_as_first("127.0.0.1", port, 2, name, "gloo")
-        assert asked.result(60) == {
+        assert asked.result(120) == {
             "success": True,
             "message": "Succeeded to initialize custom process group.",
         }
@@ -134,7 +134,7 @@ def send_broadcasts(engine: Engine, weights: dict[str, Tensor], *, flat: bool) -
             body |= described(part) | {"weight_version": "sent"}
             asked = pool.submit(engine.post, "/update_weights_from_distributed", body)
             broadcast(part, group, flat=flat)
-            assert asked.result(60) == {
+            assert asked.result(120) == {
                 "success": True,
                 "message": "Succeeded to update parameter online. Weight version updated to sent.",
             }
@@ -275,13 +275,13 @@ def test_a_trainer_that_dies_mid_update_does_not_hold_the_engine(
         joining = pool.submit(engine.post, "/init_weights_update_group", place | group_body("dying"))
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "joined\n"
-        assert joining.result(60)["success"]
+        assert joining.result(120)["success"]
         body = described({NAME: weights[NAME]}) | {"group_name": "dying"}
         asked = pool.submit(engine.ask, "POST", "/update_weights_from_distributed", body)
         with pytest.raises(FutureTimeoutError):
             asked.result(0.5)
         trainer.kill()
-        status, answer = asked.result(60)
+        status, answer = asked.result(120)
         assert (status, answer["success"]) == (400, False)
         engine.post("/destroy_weights_update_group", {"group_name": "dying"})
     assert torch.equal(scores(engine), before)

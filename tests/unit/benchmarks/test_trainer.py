@@ -88,7 +88,8 @@ def test_the_workload_has_the_sizes_of_its_shape():
 
 def test_memory_that_a_step_gave_back_still_counts():
     before = memory("RssAnon")
-    cost = measured(lambda: {"sum": float(sum(bytearray(b"\1") * 50_000_000))})
-    assert 45e6 < cost["peak_bytes"] < 120e6
-    assert memory("RssAnon") - before < 45e6
-    assert cost["values"] == {"sum": 50_000_000.0}
+    cost = measured(lambda: {"last": float((bytearray(b"\1") * 200_000_000)[-1])})
+    # The kernel counts each core's pages by itself, and sums them up later: the more cores, the less exact.
+    assert 150e6 < cost["peak_bytes"] < 300e6
+    assert memory("RssAnon") - before < 100e6
+    assert cost["values"] == {"last": 1.0}

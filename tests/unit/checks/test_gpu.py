@@ -209,7 +209,7 @@ def run_script(*arguments: str, timeout: float) -> subprocess.CompletedProcess[s
 
 
 def test_without_a_gpu_it_says_so():
-    done = run_script("--only", "losses", timeout=120)
+    done = run_script("--only", "losses", timeout=500)
     assert done.returncode == 1
     assert "sees no GPU (CUDA_VISIBLE_DEVICES is '')" in done.stderr
     assert "bash scripts/check_gpu.sh --device cpu --tiny" in done.stderr

@@ -213,16 +213,16 @@ def test_threads_that_want_one_picture_prepare_it_once() -> None:
     def prepare() -> Picture:
         calls.append(1)
         started.set()
-        assert release.wait(10)
+        assert release.wait(60)
         return picture("a")
 
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(store.get, "key", prepare)
-        assert started.wait(10)
+        assert started.wait(60)
         others = [pool.submit(store.get, "key", prepare) for _ in range(3)]
         assert store.get("other key", lambda: picture("b")).sha256 == "b", "another key does not wait"
         release.set()
-        assert len({id(outcome.result(10)) for outcome in [first, *others]}) == 1
+        assert len({id(outcome.result(60)) for outcome in [first, *others]}) == 1
     assert len(calls) == 1
 
 
@@ -231,17 +231,17 @@ def test_waiting_threads_share_the_error_and_the_next_turn_tries_again() -> None
 
     def fail() -> Picture:
         started.set()
-        assert release.wait(10)
+        assert release.wait(60)
         raise images.BadImageError("broken")
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(store.get, "key", fail)
-        assert started.wait(10)
+        assert started.wait(60)
         second = pool.submit(store.get, "key", fail)
         release.set()
         for outcome in (first, second):
             with pytest.raises(images.BadImageError, match="broken"):
-                outcome.result(10)
+                outcome.result(60)
     assert store.get("key", lambda: picture("a")).sha256 == "a"
 
 

@@ -20,6 +20,7 @@ from slime.engines.errors import (
 )
 from slime.engines.replicas import Endpoint
 from tests.fakes.engine_server import FakeEngine, serve
+from tests.fakes.impatience import time_is_out_when
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ async def test_a_final_status_is_raised_at_once_with_url_status_and_body(
 @pytest.mark.parametrize("fault", ["408", "429", "500", "502", "503", "504", "reset"])
 async def test_passing_faults_are_tried_again(engine: FakeEngine, fault: str) -> None:
     engine.fault, engine.fault_times = fault, 2
-    async with client(engine.url, patience=10.0) as teacher:
+    async with client(engine.url, patience=60.0) as teacher:
         answer = await teacher.generate(PAYLOAD)
     assert answer["meta_info"]["prompt_tokens"] == 3
     assert len(engine.bodies()) == 3
@@ -119,17 +120,23 @@ async def test_a_hanging_server_meets_the_deadline(engine: FakeEngine) -> None:
             await teacher.generate(PAYLOAD)
 
 
-async def test_a_server_that_hangs_is_given_three_chances(engine: FakeEngine) -> None:
+async def test_a_server_that_hangs_is_given_three_chances(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine.fault = "hang"
-    async with client(engine.url, timeout=0.2, patience=60.0) as teacher:
+    sent = time_is_out_when(monkeypatch, lambda: engine.hanging == len(sent))
+    async with client(engine.url, patience=60.0) as teacher:
         with pytest.raises(EngineTimeoutError, match="3 tries"):
             await teacher.generate(PAYLOAD)
-    assert len(engine.bodies()) == 3
+    assert len(engine.bodies()) == len(sent) == 3
 
 
-async def test_a_request_without_an_answer_is_sent_again_under_another_id(engine: FakeEngine) -> None:
+async def test_a_request_without_an_answer_is_sent_again_under_another_id(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine.fault, engine.fault_times = "hang", 1
-    async with client(engine.url, timeout=2.0, patience=20.0) as teacher:
+    sent = time_is_out_when(monkeypatch, lambda: engine.hanging == len(sent))
+    async with client(engine.url, patience=60.0) as teacher:
         answer = await teacher.generate(PAYLOAD)
     assert answer["meta_info"]["prompt_tokens"] == 3
     first, second = engine.bodies()
@@ -151,8 +158,8 @@ async def test_a_gateway_may_name_requests_itself(engine: FakeEngine) -> None:
 
 
 async def test_the_first_of_a_group_goes_alone_and_the_others_together(engine: FakeEngine) -> None:
-    engine.delay = 0.05
-    async with client(engine.url) as teacher:
+    engine.delay, engine.answer_when = 0.05, lambda: len(engine.bodies()) in (1, 5)
+    async with client(engine.url, timeout=60.0) as teacher:
         await asyncio.gather(*(teacher.score(PAYLOAD, group="g") for _ in range(5)))
     (first_start, first_end), *rest = sorted(engine.generate_times)
     assert first_start < first_end
@@ -163,7 +170,8 @@ async def test_the_first_of_a_group_goes_alone_and_the_others_together(engine: F
 
 async def test_the_second_warms_a_group_whose_first_failed(engine: FakeEngine) -> None:
     engine.fault, engine.fault_times, engine.delay = "400", 1, 0.05
-    async with client(engine.url) as teacher:
+    engine.answer_when = lambda: len(engine.bodies()) in (1, 2, 4)
+    async with client(engine.url, timeout=60.0) as teacher:
         jobs = [teacher.score(PAYLOAD, group="g") for _ in range(4)]
         outcomes = await asyncio.gather(*jobs, return_exceptions=True)
     assert [isinstance(outcome, HttpError) for outcome in outcomes] == [True, False, False, False]
@@ -171,26 +179,39 @@ async def test_the_second_warms_a_group_whose_first_failed(engine: FakeEngine) -
 
 
 async def test_a_group_is_patient_once_not_once_a_sample(engine: FakeEngine) -> None:
-    engine.fault, engine.delay = "503", 0.05
-    async with client(engine.url, patience=1.0) as teacher:
-        jobs = [teacher.score(PAYLOAD, group="g") for _ in range(8)]
+    engine.fault = "503"
+    engine.answer_when = lambda: len({body["input_ids"][0] for body in engine.bodies()}) in (1, 8)
+    async with client(engine.url, timeout=60.0, patience=1.0) as teacher:
+        jobs = [teacher.score(score_payload([number, 6, 7], 1), group="g") for number in range(8)]
         outcomes = await asyncio.gather(*jobs, return_exceptions=True)
     assert all(isinstance(outcome, HttpError) for outcome in outcomes)
-    assert engine.most_in_flight > 1, "behind the first, the others go side by side"
+    assert engine.most_in_flight == 7, "behind the first, the others go side by side"
 
 
 async def test_requests_without_a_group_wait_for_nobody(engine: FakeEngine) -> None:
-    engine.delay = 0.05
-    async with client(engine.url) as teacher:
+    engine.answer_when = lambda: len(engine.bodies()) == 4
+    async with client(engine.url, timeout=60.0) as teacher:
         await asyncio.gather(*(teacher.score(PAYLOAD) for _ in range(4)))
     assert engine.most_in_flight == 4
 
 
 @pytest.mark.parametrize("fault", ["reset", "503", "hang"])
-async def test_a_replica_that_fails_is_left_out_until_it_is_ready(fault: str) -> None:
+async def test_a_replica_that_fails_is_left_out_until_it_is_ready(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fakes = [FakeEngine(image_token_id=90, vocab_size=100) for _ in range(2)]
+    noticed: list[int] = []
+
+    def hangs() -> bool:
+        """Tell it of each request that hangs, once."""
+        if fakes[0].hanging == len(noticed):
+            return False
+        noticed.append(fakes[0].hanging)
+        return True
+
+    time_is_out_when(monkeypatch, hangs)
     with serve(fakes[0]), serve(fakes[1]):
-        async with client(fakes[0].url, fakes[1].url, timeout=3.0, patience=20.0) as teacher:
+        async with client(fakes[0].url, fakes[1].url, patience=60.0) as teacher:
             for group in range(4):
                 await teacher.score(PAYLOAD, group=group)
             assert [len(fake.bodies()) for fake in fakes] == [2, 2]
@@ -200,9 +221,7 @@ async def test_a_replica_that_fails_is_left_out_until_it_is_ready(fault: str) ->
             assert len(fakes[0].bodies()) == 3, "one failure is enough to stay away"
             assert len(fakes[1].bodies()) == 2 + 6
             fakes[0].fault = None
-            for _ in range(200):
-                if all(replica.up for replica in teacher._replicas.all):
-                    break
+            while not all(replica.up for replica in teacher._replicas.all):  # noqa: ASYNC110 (no event says so)
                 await asyncio.sleep(0.05)
             for group in range(6, 10):
                 await teacher.score(PAYLOAD, group=group)
@@ -212,7 +231,7 @@ async def test_a_replica_that_fails_is_left_out_until_it_is_ready(fault: str) ->
 async def test_with_all_replicas_down_somebody_is_tried_until_one_is_back() -> None:
     fakes = [FakeEngine(image_token_id=90, vocab_size=100, fault="503", fault_times=3) for _ in range(2)]
     with serve(fakes[0]), serve(fakes[1]):
-        async with client(fakes[0].url, fakes[1].url, patience=30.0) as teacher:
+        async with client(fakes[0].url, fakes[1].url, patience=60.0) as teacher:
             answers = await asyncio.gather(*(teacher.score(PAYLOAD, group=group) for group in range(4)))
     assert len(answers) == 4
 
@@ -227,7 +246,8 @@ async def test_what_is_no_json_is_an_error(engine: FakeEngine, fault: str) -> No
 
 async def test_requests_in_flight_are_bounded(engine: FakeEngine) -> None:
     engine.delay = 0.02
-    async with client(engine.url, concurrency=3) as teacher:
+    engine.answer_when = lambda: engine.in_flight == 3 or len(engine.bodies()) == 12
+    async with client(engine.url, concurrency=3, timeout=60.0) as teacher:
         await asyncio.gather(*(teacher.generate(PAYLOAD) for _ in range(12)))
     assert engine.most_in_flight == 3
     assert len(engine.bodies()) == 12
@@ -249,9 +269,11 @@ async def test_a_group_stays_with_one_server_and_groups_spread() -> None:
 
 
 async def test_a_new_group_goes_to_the_least_loaded_server() -> None:
-    fakes = [FakeEngine(image_token_id=90, vocab_size=100, delay=0.2) for _ in range(2)]
+    fakes = [FakeEngine(image_token_id=90, vocab_size=100) for _ in range(2)]
+    for fake in fakes:
+        fake.answer_when = lambda: sum(len(fake.bodies()) for fake in fakes) == 6
     with serve(fakes[0]), serve(fakes[1]):
-        async with client(fakes[0].url, fakes[1].url) as teacher:
+        async with client(fakes[0].url, fakes[1].url, timeout=60.0) as teacher:
             busy = [asyncio.create_task(teacher.generate(PAYLOAD, group="first")) for _ in range(4)]
             await asyncio.sleep(0.05)
             later = [teacher.generate(PAYLOAD, group=name) for name in ("second", "third")]

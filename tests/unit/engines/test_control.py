@@ -10,6 +10,7 @@ import pytest
 from slime.engines.control import EngineControl
 from slime.engines.errors import EngineError, EngineTimeoutError, HttpError
 from tests.fakes.engine_server import FakeEngine, serve
+from tests.fakes.impatience import time_is_out_when
 
 
 @pytest.fixture
@@ -62,12 +63,15 @@ async def test_weights_that_do_not_load_are_an_error(engine: FakeEngine) -> None
             await student.update_weights_from_disk("/nowhere", "3")
 
 
-async def test_a_control_verb_without_an_answer_is_not_repeated(engine: FakeEngine) -> None:
-    engine.control_delay = 5.0
-    async with control(engine.url, timeout=0.3, patience=10.0) as student:
+async def test_a_control_verb_without_an_answer_is_not_repeated(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.control_delay = 600.0
+    sent = time_is_out_when(monkeypatch, lambda: len(engine.requests) > 0)
+    async with control(engine.url, patience=60.0) as student:
         with pytest.raises(EngineTimeoutError):
             await student.update_weights_from_disk("/weights/3", "3")
-    assert len(engine.requests) == 1
+    assert len(engine.requests) == len(sent) == 1
 
 
 async def test_the_admin_key_guards_the_verbs(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_the_command_supervises_its_server(tmp_path, stop):
             supervisor.terminate()
         else:
             parent.kill()
-        psutil.wait_procs([server, supervisor], timeout=30)
+        psutil.wait_procs([server, supervisor], timeout=120)
     assert not server.is_running()
     assert not supervisor.is_running()
 

@@ -31,7 +31,7 @@ def test_checkpoints_are_those_kept_and_the_one_that_is_written(
     rollouts: int, interval: int | None, keep: int, count: int
 ) -> None:
     assert checkpoints_at_once(rollouts, interval, keep) == count
-    assert saves(10, 3) == 4
+    assert (saves(10, 3), saves(10, 0), saves(10, None)) == (4, 1, 1)
 
 
 def test_a_run_writes_checkpoints_models_and_weights(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +64,13 @@ def test_a_long_recording_is_likely_and_not_sure(model: Path) -> None:
     assert not recorded.need.sure
     assert recorded.need.size == 10 * 32 * 4 * 100 * 16
     assert recorded.folder.name == "somewhere"
+
+
+def test_checkpoints_that_are_there_need_no_more_room(model: Path, tmp_path: Path) -> None:
+    for number in (2, 4):
+        (tmp_path / "save" / f"rollout-{number:06d}").mkdir(parents=True)
+    flags = ("--save", str(tmp_path / "save"), "--save-interval", "2", "--save-keep", "2")
+    assert sizes(launch(*flags, student=model, student_gpus=("0", "1"))) == {"a checkpoint": 12000}
 
 
 @pytest.mark.parametrize(("sure", "usual", "fatal"), [(80, 9, None), (80, 11, False), (101, 0, True)])

@@ -84,7 +84,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
     assert folder is not None
     assert not folder.path.exists()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -109,10 +109,10 @@ def test_results_come_in_the_order_of_their_calls(cluster):
 
 def test_an_error_arrives_with_its_traceback_while_others_still_work(cluster):
     slow, failing = _start(cluster, "slow"), _start(cluster, "failing")
-    start = time.monotonic()
+    working = slow.sleep.remote(600)
     with pytest.raises(ActorError, match="the answer is no number") as caught:
-        cluster.wait([slow.sleep.remote(120), failing.fail.remote()])
-    assert time.monotonic() - start < 100
+        cluster.wait([working, failing.fail.remote()])
+    assert ray.wait([working], timeout=0)[0] == []
     assert "in fail" in str(caught.value)
 
 
@@ -122,7 +122,7 @@ def test_a_watched_actors_death_ends_the_wait_for_another(cluster):
     cluster.wait([dying.pid.remote()])
     dying.die.remote()
     with pytest.raises(ActorError, match=r"(?s)dying died.*last words"):
-        cluster.wait([slow.sleep.remote(120)])
+        cluster.wait([slow.sleep.remote(600)])
     cluster._alarms.clear()
 
 
@@ -132,7 +132,7 @@ def test_a_call_that_nobody_waits_for_yet_ends_the_wait_for_another_by_its_failu
     cluster.expect(done)
     cluster.expect(failed)
     with pytest.raises(ActorError, match="the answer is no number"):
-        cluster.wait([slow.sleep.remote(120)])
+        cluster.wait([slow.sleep.remote(600)])
     cluster._expected.clear()
     assert isinstance(cluster.wait([done])[0], int)
 
@@ -141,7 +141,7 @@ def test_spans_are_taken_while_the_actor_works_on(cluster, monkeypatch):
     worker = _start(cluster, "measured")
     monkeypatch.setattr(cluster, "_actors", {"measured": worker})  # another test's is dead
     cluster.wait([worker.measure.remote(5)])
-    busy = worker.sleep.remote(120)
+    busy = worker.sleep.remote(600)
     (span,) = cluster.take_spans()["measured"]
     assert (span.stage, span.facts) == ("work", {"rollout_id": 5})
     assert cluster.take_spans()["measured"] == []

@@ -78,7 +78,7 @@ def watched(keeper: Keeper) -> Iterator[list[BaseException]]:
         yield failures
     finally:
         keeper.stop()
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -109,7 +109,7 @@ def test_metrics_are_floats_and_complete(manager: RolloutManager) -> None:
 def test_scoring_begins_before_the_last_response_ends(
     manager: RolloutManager, student: FakeEngine, teacher: FakeEngine
 ) -> None:
-    student.delay = 0.05
+    student.answer_when = lambda: len(student.bodies()) < 6 or len(teacher.bodies()) > 0
     batch = manager.generate(0)
     assert min(start for start, _ in teacher.generate_times) < max(end for _, end in student.generate_times)
     assert batch.metrics["perf/first_score_before_last_response"] == 1.0

@@ -31,6 +31,7 @@ from slime.rollout.on_policy_distillation import (
 )
 from slime.utils.types import Sample
 from tests.fakes.engine_server import FakeEngine, log_prob, serve
+from tests.fakes.impatience import time_is_out_when
 from tests.fakes.rollouts import CHECKPOINT, GRID, answered_sample, facts, fake_engine, picture, rollout_args
 
 PICTURE_TOKENS = 6
@@ -147,8 +148,11 @@ async def test_an_empty_response_asks_nobody(teacher: FakeEngine) -> None:
         ("reset", EngineUnreachableError),
     ],
 )
-async def test_every_fault_is_a_named_error(teacher: FakeEngine, fault: str, error: type[Exception]) -> None:
-    args = args_for(teacher, "--teacher-patience", "0", "--teacher-timeout", "3")
+async def test_every_fault_is_a_named_error(
+    teacher: FakeEngine, monkeypatch: pytest.MonkeyPatch, fault: str, error: type[Exception]
+) -> None:
+    time_is_out_when(monkeypatch, lambda: teacher.hanging > 0)
+    args = args_for(teacher, "--teacher-patience", "0")
     await reward_func(args, answered_sample(index=16))
     teacher.fault = fault
     with pytest.raises(error) as caught:

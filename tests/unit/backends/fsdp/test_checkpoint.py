@@ -30,19 +30,32 @@ def assert_goes_on(resumed: Outcome, whole: Outcome) -> None:
         torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=2e-5, msg=name)
 
 
-def test_a_run_goes_on_where_it_was_saved(model: Path, tmp_path: Path) -> None:
+def assert_the_same(resumed: Outcome, whole: Outcome) -> None:
+    assert resumed.metrics[-1] == whole.metrics[-1]
+    assert resumed.weights.keys() == whole.weights.keys()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+def test_a_run_goes_on_where_it_was_saved_bit_for_bit(model: Path, tmp_path: Path) -> None:
     whole = train(model, job(3))
     train(model, job(2, save=tmp_path))
-    assert_goes_on(train(model, job(1, load=tmp_path)), whole)
+    assert_the_same(train(model, job(1, load=tmp_path)), whole)
     fresh = train(model, job(1))
     assert fresh.metrics[-1]["lr"] != whole.metrics[-1]["lr"]
 
 
-def test_the_number_of_ranks_may_change(model: Path, tmp_path: Path) -> None:
+def test_the_number_of_ranks_may_change_and_if_not_it_is_bit_for_bit(model: Path, tmp_path: Path) -> None:
     whole = train(model, job(3))
     train(model, job(1, save=tmp_path / "one"))
-    train_on_ranks(model, [job(1, load=tmp_path / "one", save=tmp_path / "two")], tmp_path)
+    jobs = [
+        job(1, load=tmp_path / "one", save=tmp_path / "two"),
+        *(job(3), job(2, save=tmp_path / "both"), job(1, load=tmp_path / "both")),
+    ]
+    outcomes = train_on_ranks(model, jobs, tmp_path)
     assert_goes_on(train(model, job(1, load=tmp_path / "two")), whole)
+    for whole_on_two, resumed in zip(outcomes[1], outcomes[3], strict=True):
+        assert_the_same(resumed, whole_on_two)
 
 
 def test_the_step_count_comes_back(model: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("megatron.core")
 
+from slime.backends.megatron.optimizer_state import KINDS
 from tests.fakes.tiny_model import make_samples, save_mixture_model, save_vision_model
 from tests.fakes.training import (
     DISTILL,
@@ -100,6 +104,17 @@ def test_a_run_goes_on_under_another_parallelism(
 
 @pytest.mark.parametrize("name", RESHARDED)
 @pytest.mark.usefixtures("resumed")
+def test_ranks_share_the_writing(models: dict[str, Path], saved: Path, name: str) -> None:
+    whole = load_file(models[RESHARDED[name][0]] / "model.safetensors")
+    for kind in KINDS:
+        parts = [load_file(path) for path in sorted((saved / name / kind).iterdir())]
+        first, second = (sum(tensor.nbytes for tensor in part.values()) for part in parts)
+        assert abs(first - second) <= max(tensor.nbytes for tensor in whole.values()) * 2
+        assert sorted(source for part in parts for source in part) == sorted(whole)
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+@pytest.mark.usefixtures("resumed")
 def test_a_run_goes_on_on_one_rank(
     models: dict[str, Path], whole: dict[str, Outcome], saved: Path, name: str
 ) -> None:
@@ -114,14 +129,50 @@ def test_the_comparison_can_see(models: dict[str, Path], whole: dict[str, Outcom
     assert abs(fresh.metrics[-1]["loss"] - whole["dense"].metrics[-1]["loss"]) > 1e-2
 
 
-def test_half_precision_keeps_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
-    unbroken = train(models["dense"], job(3, *MEGATRON, *BFLOAT16))
-    train(models["dense"], job(2, *MEGATRON, *BFLOAT16, save=tmp_path))
-    outcome = train(models["dense"], job(1, *MEGATRON, *BFLOAT16, load=tmp_path))
+def test_a_run_goes_on_in_the_fused_kernel(
+    models: dict[str, Path], whole: dict[str, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU without TransformerEngine has; its step counts are elsewhere."""
+    stepped: list[bool] = []
+    module: Any = import_module("torch.optim.adam")
+    kernel = module.adam
+
+    def adam(*arguments: Any, **settings: Any) -> None:
+        stepped.append(bool(settings["fused"]))
+        kernel(*arguments, **settings)
+
+    monkeypatch.setattr(module, "adam", adam)
+    monkeypatch.setattr("slime.backends.megatron.optimizer.fuses", lambda _: True)
+    train(models["dense"], job(2, *MEGATRON, save=tmp_path))
+    assert_goes_on(train(models["dense"], job(1, *MEGATRON, load=tmp_path)), whole["dense"])
+    assert stepped
+    assert all(stepped)
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [((), torch.float32), (BFLOAT16, torch.bfloat16)])
+def test_alone_a_run_goes_on_bit_for_bit(
+    models: dict[str, Path], tmp_path: Path, flags: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """Half precision too: its master weights are kept."""
+    unbroken = train(models["dense"], job(3, *MEGATRON, *flags))
+    train(models["dense"], job(2, *MEGATRON, *flags, save=tmp_path))
+    outcome = train(models["dense"], job(1, *MEGATRON, *flags, load=tmp_path))
     assert outcome.metrics[-1] == unbroken.metrics[-1]
     for name, weight in unbroken.weights.items():
-        assert weight.dtype == torch.bfloat16
+        assert weight.dtype == dtype
         assert torch.equal(outcome.weights[name], weight), name
+
+
+@pytest.mark.parametrize("sharded", [(), ZERO1], ids=["whole", "sharded"])
+def test_master_weights_are_the_checkpoints_own(
+    models: dict[str, Path], tmp_path: Path, sharded: tuple[str, ...]
+) -> None:
+    """Those of a float32 checkpoint are not rounded to the precision of the forward pass."""
+    train(models["mixture"], job(0, *MEGATRON, *BFLOAT16, *sharded, save=tmp_path))
+    masters = load_file(tmp_path / "master" / "00000-00000.safetensors")
+    weights = load_file(models["mixture"] / "model.safetensors")
+    assert masters.keys() == weights.keys()
+    assert all(torch.equal(masters[name], weight) for name, weight in weights.items())
 
 
 def test_a_folder_without_checkpoint_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
@@ -130,3 +181,13 @@ def test_a_folder_without_checkpoint_is_refused(models: dict[str, Path], tmp_pat
         pytest.raises(FileNotFoundError, match="--load takes"),
     ):
         backend.load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """One with more of everything, of which slices could be read."""
+    save, flags = tmp_path / "saved", (*FLAGS, *MEGATRON)
+    train(models["dense"], job(0, *MEGATRON, save=save))
+    smaller = save_vision_model(tmp_path / "smaller", ffn=16)
+    reason = r"not of the model .*: .*mlp\.gate_proj\.weight is \(128, 48\) and should be \(16, 48\)"
+    with joined_backend(make_args(smaller, *flags)) as backend, pytest.raises(ValueError, match=reason):
+        backend.load_checkpoint(save)

@@ -49,6 +49,12 @@ MEGATRON = (*DISTILL, "--train-backend", "megatron")
         (DENSE, {"pipeline": 4}, "leaves 1 layers to the first stage, .* first 2 .deepstack."),
         (DENSE, {"expert": 2}, "and the model is dense"),
         (DENSE, {"tensor": 2, "expert_tensor": 1}, "and the model is dense"),
+        (replace(DENSE, ffn=9), {"tensor": 2}, "does not divide the 9 columns of the model's MLP"),
+        (
+            replace(MIXTURE, expert_ffn=9),
+            {"tensor": 2, "sequence": True},
+            "does not divide the 9 columns of an expert",
+        ),
         (MIXTURE, {"expert": 3}, "does not divide the model's 4 experts"),
         (MIXTURE, {"tensor": 2, "sequence": True, "expert_tensor": 1}, "copies, which drift apart"),
         (MIXTURE, {"tensor": 2, "expert_tensor": 2}, "needs --sequence-parallel"),
