@@ -28,6 +28,7 @@ source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/lib.sh"
 : "${SLIME_SCRIPT_OUTPUT_DIR:=}"                 # empty: a fresh folder under outputs/
 : "${SLIME_SCRIPT_EXTRA_ARGS:=}"                 # appended to the training command; a flag given twice counts as given last
 : "${SLIME_SCRIPT_SKIP_SETUP:=0}"                # 1: the active environment is ready (a container, say); install nothing
+: "${SLIME_SCRIPT_SKIP_PREFLIGHT:=0}"            # 1: start without looking at the machine first
 : "${SLIME_SCRIPT_DRY_RUN:=0}"                   # 1: print every command, run none
 require_whole_numbers SLIME_SCRIPT_NUM_GPUS
 WITH_TEACHER=0                                   # teacher.sh sets it to 1
@@ -135,7 +136,7 @@ check_variables() {
     *) die "SLIME_SCRIPT_ENGINE is $SLIME_SCRIPT_ENGINE; it must be sglang or transformers." ;;
   esac
   if [ -n "$SLIME_SCRIPT_COLOCATE" ]; then require_switches SLIME_SCRIPT_COLOCATE; fi
-  require_switches SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_SKIP_SETUP SLIME_SCRIPT_EXTERNAL_RAY
+  require_switches SLIME_SCRIPT_DRY_RUN SLIME_SCRIPT_SKIP_SETUP SLIME_SCRIPT_SKIP_PREFLIGHT SLIME_SCRIPT_EXTERNAL_RAY
   if with_teacher; then check_teacher_variables; fi
 }
 
@@ -362,6 +363,26 @@ set_up() {
   step bash "$SLIME_REPO/scripts/setup.sh" ${options[@]+"${options[@]}"}
 }
 
+# check_machine [before-downloads]: the preflight of the machine, before any model is loaded; all problems come at once. Before
+# downloads it looks at what is known by then, the room for them included.
+check_machine() {
+  local i options=(--student-gpus "$STUDENT_GPUS" --writes SLIME_SCRIPT_OUTPUT_DIR "$SLIME_SCRIPT_OUTPUT_DIR")
+  if [ "$SLIME_SCRIPT_SKIP_PREFLIGHT" = 1 ]; then return; fi
+  if with_teacher && [ -n "$TEACHER_PATH" ]; then
+    options+=(--teacher-path "$TEACHER_PATH" --teacher-gpus "$TEACHER_GPUS" --teacher-engine "$TEACHER_ENGINE"
+      --teacher-port "$SLIME_SCRIPT_TEACHER_PORT")
+  fi
+  if [ "${1:-}" = before-downloads ]; then
+    options+=(--writes SLIME_SCRIPT_MODEL_DIR "$SLIME_SCRIPT_MODEL_DIR" --writes SLIME_SCRIPT_DATA_DIR "$SLIME_SCRIPT_DATA_DIR")
+    for ((i = 0; i < ${#DOWNLOADS[@]}; i += 3)); do options+=(--coming "${DOWNLOADS[@]:i:3}"); done
+    if [ -n "$TINY_FOLDER" ]; then options+=(--coming tiny "$TINY_FOLDER" dataset); fi
+  fi
+  step env "CUDA_VISIBLE_DEVICES=$STUDENT_GPUS" "PYTHONPATH=$PYTHONPATH" "$PYTHON" -m slime.preflight "${options[@]}" \
+    -- "${TRAIN_ARGS[@]}" ||
+    die "this run cannot work here; what is wrong and what to do is above. No model has been loaded." \
+      "SLIME_SCRIPT_SKIP_PREFLIGHT=1 starts it all the same."
+}
+
 download_missing() {
   local i
   for ((i = 0; i < ${#DOWNLOADS[@]}; i += 3)); do
@@ -434,10 +455,12 @@ launch() {
   print_configuration
 
   set_up
-  dry || mkdir -p "$SLIME_SCRIPT_OUTPUT_DIR"
+  if [ "${#DOWNLOADS[@]}" != 0 ]; then check_machine before-downloads; fi
   download_missing
   find_data
   build_train_command
+  check_machine
+  dry || mkdir -p "$SLIME_SCRIPT_OUTPUT_DIR"
   if with_teacher; then ready_teacher; fi
   train
 }

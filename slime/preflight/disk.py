@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slime.arguments.recording import recording_template
+from slime.checkpoints import checkpoints_in
 from slime.preflight.finding import TIGHT, Finding, amount
 from slime.preflight.launch import Launch
 from slime.preflight.memory import shared_memory
@@ -64,13 +65,17 @@ def all_written(launch: Launch) -> Iterator[Written]:
     if student is None:
         return
     if args.save is not None:
-        count = checkpoints_at_once(args.num_rollout, args.save_interval, args.save_keep)
+        folder = Path(args.save)
+        there = len(checkpoints_in(folder))  # of an earlier run, which this one goes on with
+        count = max(1, checkpoints_at_once(args.num_rollout, args.save_interval, args.save_keep) - there)
         label = f"{count} checkpoints" if count > 1 else "a checkpoint"
-        yield Written(Need(label, count * state_bytes(args, student)), Path(args.save))
+        yield Written(Need(label, count * state_bytes(args, student)), folder)
         if args.save_hf_interval is not None:
             count = saves(args.num_rollout, args.save_hf_interval)
             size = count * BYTES[args.precision] * student.parameters
-            yield Written(Need(f"{count} exported models", size), Path(args.save))
+            yield Written(
+                Need("an exported model" if count == 1 else f"{count} exported models", size), folder
+            )
     shared = shared_memory()
     # The folder of weights is in shared memory where that has room (slime.weight_sync.store).
     if (
@@ -82,8 +87,9 @@ def all_written(launch: Launch) -> Iterator[Written]:
 
 
 def saves(rollouts: int, interval: int | None) -> int:
-    """Return how often a run writes what it writes every `interval` rollouts and after the last."""
-    return 1 if interval is None else -(-rollouts // interval)
+    """Return how often a run writes what it writes every `interval` rollouts and after the last; None or 0:
+    then alone."""
+    return -(-rollouts // interval) if interval else 1
 
 
 def checkpoints_at_once(rollouts: int, interval: int | None, keep: int) -> int:

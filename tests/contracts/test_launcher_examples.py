@@ -18,6 +18,7 @@ from tests.fakes.processes import PATIENCE_SECONDS, ended
 TRAIN = "slime.train"
 SGLANG = "slime.engines.sglang_engine"
 TRANSFORMERS = "slime.engines.transformers_engine"
+PREFLIGHT = "slime.preflight"
 DOCTOR = "slime.engines.doctor"
 GRPO = REPOSITORY / "examples" / "geo3k_vlm" / "run_geo3k_vlm.sh"
 TEXT = REPOSITORY / "examples" / "on_policy_distillation" / "run_opd_text.sh"
@@ -52,7 +53,7 @@ def test_without_a_teacher_all_gpus_are_the_students(
     args = training(launched)
     assert launched.variables(TRAIN)["CUDA_VISIBLE_DEVICES"] == visible
     assert (args.actor_num_gpus_per_node, args.rollout_num_gpus, args.engine) == (actors, rollout, engine)
-    assert modules(launched) == [TRAIN]
+    assert modules(launched) == [PREFLIGHT, PREFLIGHT, TRAIN]  # before and after the downloads
     assert downloads(launched) == ["Qwen/Qwen3-VL-2B-Instruct", "chenhegu/geo3k_imgurl"]
     assert "learns from the task's reward." in launched.stdout
 
@@ -92,7 +93,7 @@ def test_grpo_starts_the_driver_and_nothing_else(tmp_path: Path, driver: str, st
     stdout, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == status, stderr
     assert stdout.splitlines()[-1] == f"Output folder: {tmp_path}/out"
-    assert [path.name for path in machine.stage.iterdir()] == [TRAIN]
+    assert sorted(path.name for path in machine.stage.iterdir()) == [PREFLIGHT, TRAIN]
     assert all(ended(pid) for pid in machine.pids(TRAIN))
 
 
@@ -120,7 +121,7 @@ def test_text_models_fit_the_gpus(
 ) -> None:
     launched = Machine(tmp_path, gpus, TEXT).dry_run()
     args = training(launched)
-    assert modules(launched) == [server, DOCTOR, TRAIN]
+    assert modules(launched) == [PREFLIGHT, PREFLIGHT, server, DOCTOR, TRAIN]
     assert launched.variables(server)["CUDA_VISIBLE_DEVICES"] == teacher_gpus
     assert launched.variables(TRAIN)["CUDA_VISIBLE_DEVICES"] == student_gpus
     assert downloads(launched) == [
@@ -135,7 +136,7 @@ def test_text_models_fit_the_gpus(
 def test_text_without_a_gpu_is_the_tiny_preset(tmp_path: Path) -> None:
     launched = Machine(tmp_path, script=TEXT).dry_run()
     args = training(launched)
-    assert modules(launched) == ["slime.tiny", TRANSFORMERS, DOCTOR, TRAIN]
+    assert modules(launched) == ["slime.tiny", PREFLIGHT, TRANSFORMERS, DOCTOR, TRAIN]
     data = f"{tmp_path}/home/datasets/slime_tiny_words"
     assert launched.arguments("slime.tiny") == ["--data", data, "--set", "words"]
     assert (args.prompt_data, args.eval_sets) == (
@@ -189,7 +190,7 @@ def test_the_text_launcher_starts_teacher_pre_flight_and_driver(tmp_path: Path) 
     launcher = machine.start(**machine.local() | knobs)
     _, stderr = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 0, stderr
-    assert sorted(path.name for path in machine.stage.iterdir()) == [DOCTOR, TRANSFORMERS, TRAIN]
+    assert sorted(path.name for path in machine.stage.iterdir()) == [DOCTOR, TRANSFORMERS, PREFLIGHT, TRAIN]
     assert all(ended(pid) for module in (TRANSFORMERS, TRAIN) for pid in machine.pids(module))
 
 

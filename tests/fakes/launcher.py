@@ -1,8 +1,9 @@
 """Run a launcher as a user does, on a made-up machine: any number of GPUs, an environment of stand-ins.
 
-The stand-in Python plays teacher, doctor and driver as `TEACHER_PLAYS`, `DOCTOR_PLAYS` and `DRIVER_PLAYS` say
-("first; second": one part a start, the last for all that follow), and passes everything else on to the real
-one; so placement and the argument parser are the real ones.
+The stand-in Python plays preflight, teacher, doctor and driver as `PREFLIGHT_PLAYS`, `TEACHER_PLAYS`,
+`DOCTOR_PLAYS` and `DRIVER_PLAYS` say ("first; second": one part a start, the last for all that follow;
+"real" for the real program), and passes everything else on to the real one; so placement and the argument
+parser are the real ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ SCRIPT = REPOSITORY / "examples" / "opd_vlm" / "run_opd_vlm_geo3k.sh"
 NVIDIA_SMI = """#!/bin/sh
 i=0
 while [ "$i" -lt {count} ]; do
-  echo "GPU $i: Stand-in (UUID: GPU-$i)"
+  case "$*" in
+    *--query-gpu*) echo "$i, GPU-$i, Stand-in, {total}, {used}, 580.65.06" ;;
+    *) echo "GPU $i: Stand-in (UUID: GPU-$i)" ;;
+  esac
   i=$((i + 1))
 done
 """
@@ -34,6 +38,7 @@ arguments = sys.argv[1:]
 plays = {{"slime.engines.transformers_engine": "TEACHER_PLAYS",
          "slime.engines.sglang_engine": "TEACHER_PLAYS",
          "slime.engines.doctor": "DOCTOR_PLAYS",
+         "slime.preflight": "PREFLIGHT_PLAYS",
          "slime.train": "DRIVER_PLAYS", "slime.tiny": "TINY_PLAYS"}}
 module = arguments[1] if arguments[:1] == ["-m"] else ""
 if module not in plays:
@@ -50,6 +55,8 @@ class Ready(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
+if part == "real":
+    os.execv({python!r}, [{python!r}, *arguments])
 if part.startswith("serve"):
     if part == "serve with a child":
         with open(os.environ["STAGE"] + "/child", "a") as note:
@@ -107,13 +114,24 @@ class Launched:
 class Machine:
     """A machine of `gpus` GPUs below `root`, with stand-in models and data, on which `script` is run."""
 
-    def __init__(self, root: Path, gpus: int = 0, script: Path = SCRIPT) -> None:
+    def __init__(
+        self,
+        root: Path,
+        gpus: int = 0,
+        script: Path = SCRIPT,
+        *,
+        gpu_mebibytes: int = 81559,
+        gpu_mebibytes_used: int = 4,
+    ) -> None:
         self.root = root
         self.script = script
         self.stage = root / "stage"
         self.stage.mkdir()
         programs, environment = root / "programs", root / "environment" / "bin"
-        _executable(programs / "nvidia-smi", NVIDIA_SMI.format(count=gpus))
+        _executable(
+            programs / "nvidia-smi",
+            NVIDIA_SMI.format(count=gpus, total=gpu_mebibytes, used=gpu_mebibytes_used),
+        )
         _executable(environment / "python", PYTHON.format(python=sys.executable))
         self.student, self.teacher = self.model("student"), self.model("teacher")
         self.data = root / "data"
