@@ -79,10 +79,10 @@ def test_a_teacher_that_hangs_for_good_is_a_clear_error(data, tmp_path: Path) ->
 
 
 GARBAGE = {
-    "a page": (Instead(200, HTML, "text/html"), "could not be scored"),
+    "a page": (Instead(200, HTML, "text/html"), "AnswerError"),
     "an error": (Instead(500, "Internal Server Error"), "could not be scored"),
-    "scores of other tokens": (Scores(shift_all), "ids"),
-    "NaN": (Scores(with_last(float("nan"))), "nan"),
+    "scores of other tokens": (Scores(shift_all), "MissingScoreError"),
+    "NaN": (Scores(with_last(float("nan"))), "MissingScoreError"),
     "half an answer": (Scores(lambda body, triples: triples[:3]), "3"),
 }
 
@@ -100,7 +100,7 @@ def test_a_teacher_that_answers_garbage_ends_the_run_before_a_wrong_gradient(
     ):
         assert job.wait() == 1, job.console
         job.assert_nothing_left()
-    assert said in job.console.strip().splitlines()[-1].lower()
+    assert said in job.console.strip().splitlines()[-1]
     assert len(recorded(folder)) == 1
 
 
@@ -205,9 +205,12 @@ def test_a_kill_in_the_middle_of_a_save_costs_what_was_not_saved(
         assert job.wait() != 0, job.console
         wait_until(lambda: not job.processes(), "the killed run's processes end")
     left = [path.name for path in save.iterdir() if path.name.endswith(".partial")]
-    assert len(left) == 1
     done = resume_point(str(save)).state.rollout_id
-    assert left == [f".rollout-{done + 1:06d}.partial"]
+    if "TrainActor" in victim:  # the driver lives, says so, and clears up
+        assert f"What {done + 1} rollouts have taught could not be written" in job.console
+        assert left == []
+    else:
+        assert left == [f".rollout-{done + 1:06d}.partial"]
     with running(arguments(data, teacher.url, folder, *flags, "--load", str(save)), folder) as job:
         assert job.wait() == 0, job.console
         job.assert_nothing_left()
