@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 SCHEDULE_SECONDS = 120.0
 TRAINER_FOLDER = "trainer"
+ROUNDS = 5
+"""How often weights are sent at most until no engine is lost meanwhile. How often one may be started anew is
+its keeper's business; what is never reached, and seems to live, must have an end here."""
+NOTICE_SECONDS = 2.0
+"""In which the keeper of a server that has died learns of it: a round before that finds it dead again."""
 FIRST_CHECKS = 2
 """Versions of the weights that `--check-weight-sync first` compares. The engines come with the first weights,
 so that it is the second, after a step of training, that shows whether anything arrives."""
@@ -126,18 +131,20 @@ class TrainGroup:
         """Bring the trainer's weights to the engines, where there are any; what they sample next comes from
         these.
 
-        An engine that dies meanwhile is started anew and gets them in a second round.
+        An engine that dies meanwhile is started anew and gets them in another round.
 
         Raises:
             ActorError: an engine refused them.
             WeightMismatchError: an engine does not compute with them what the trainer does.
         """
-        try:
-            return self._publish(rollouts)
-        except EnginesLost:
-            if self._args.weight_sync == "distributed":
-                rollouts.engines.start_anew()  # those left wait in a broadcast for the one that is gone
-            return self._publish(rollouts)
+        for _ in range(ROUNDS - 1):
+            try:
+                return self._publish(rollouts)
+            except EnginesLost:
+                if self._args.weight_sync == "distributed":
+                    rollouts.engines.start_anew()  # those left wait in a broadcast for the one that is gone
+                time.sleep(NOTICE_SECONDS)
+        return self._publish(rollouts)
 
     def finish(self) -> None:
         """Compare the engines with the last weights, where that has waited for the trainers' turn.
