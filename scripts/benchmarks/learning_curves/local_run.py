@@ -101,6 +101,10 @@ class LocalRollouts:
         self._accuracies.append(metrics["eval/accuracy"])
         return metrics
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data."""
+        return self._manager.state_dict()
+
     def expect_version(self, version: str) -> None:
         """From now on every answer must come from these weights."""
         self._manager.expect_version(version)
