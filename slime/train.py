@@ -83,9 +83,11 @@ def train(
                     with signals.heeded():
                         supply.settle()
                     require_progress(args, tracker, trainers)
-                    metrics |= saver.write(state) | trainers.publish_weights(rollouts)
-                finally:
+                except (KeyboardInterrupt, TrainingStuckError):  # the training has happened all the same
                     tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
+                    raise
+                metrics |= saver.write(state) | trainers.publish_weights(rollouts)
+                tracker.log(rollout_id, trainers.step, metrics | supply.end_turn())
                 saver.complete(state)
 
     if args.eval_sets:
