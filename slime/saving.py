@@ -99,10 +99,9 @@ class Saver:
         if self._args.save is None or state.rollout_id == self._saved:
             return
         sys.stderr.write(f"A signal: saving what {state.rollout_id} rollouts have taught, then ending.\n")
-        if self._partial is None:
-            rollouts.end()  # the trainers need the memory that they share, and nobody to answer to
-            self._trainers.outlive_engines()
-            self._write_checkpoint(Path(self._args.save), state)
+        rollouts.end()  # the trainers need the memory that they share, and nobody to answer to
+        self._trainers.outlive_engines()
+        self._write_checkpoint(Path(self._args.save), state)
         self.complete(state)
 
     def _write_checkpoint(self, save: Path, state: RunState) -> None:

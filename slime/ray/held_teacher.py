@@ -27,13 +27,13 @@ def evaluate_held_teacher(args: Args) -> dict[str, float]:
     Raises:
         ActorError: an engine failed; one that lacks memory needs a larger --rollout-num-gpus-per-engine.
     """
-    args = replace(
+    alone = replace(
         args,
         hf_checkpoint=args.opd_teacher_load,
         output_dir=str(Path(args.output_dir) / LOG_FOLDER),
         rollout_engine_urls=(),
     )
-    with Cluster(args) as cluster:
-        rollouts = RolloutGroup(cluster, args, EngineGroup(cluster, args))
+    with Cluster(alone) as cluster:
+        rollouts = RolloutGroup(cluster, alone, EngineGroup(cluster, alone))
         rollouts.wait_ready()
         return rollouts.evaluate(0, "student")

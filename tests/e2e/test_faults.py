@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -39,42 +40,41 @@ def assert_every_rollout_once(folder: Path, rollouts: int = ROLLOUTS) -> None:
     assert all(record["samples"] == 8 for record in records)
 
 
+@contextmanager
+def hanging_teacher(data, folder: Path, *patience: str) -> Iterator[tuple[Job, ServerProcess]]:
+    """Run a job whose teacher answers the first rollout and hangs over the second until the block ends."""
+    with (
+        start_teacher(folder.with_name("teacher.log")) as teacher,
+        running(arguments(data, teacher.url, folder, *PLAIN, *patience), folder) as job,
+    ):
+        port, process = int(teacher.url.rsplit(":", 1)[1]), psutil.Process(teacher.pid)
+        job.wait_for(rf"rollout +1/{ROLLOUTS}")
+        process.suspend()
+        job.wait_until(lambda: unread_bytes(port) > 0, "nothing was asked")
+        yield job, teacher
+        process.resume()
+        job.wait()
+        job.assert_nothing_left()
+
+
 @pytest.mark.slow
 def test_a_teacher_that_hangs_is_asked_again(data, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     patience = ("--teacher-timeout", "15", "--teacher-patience", "120")
-    with (
-        start_teacher(tmp_path / "teacher.log") as hanging,
-        running(arguments(data, hanging.url, folder, *PLAIN, *patience), folder) as job,
-    ):
-        port, process = int(hanging.url.rsplit(":", 1)[1]), psutil.Process(hanging.pid)
-        job.wait_for(rf"rollout +1/{ROLLOUTS}")
-        process.suspend()
-        job.wait_until(lambda: unread_bytes(port) > 0, "nothing was asked")
+    with hanging_teacher(data, folder, *patience) as (job, _):
         time.sleep(HANG_SECONDS)  # the first attempt runs out meanwhile
-        process.resume()
-        assert job.wait() == 0, job.console
-        job.assert_nothing_left()
+    assert job.wait() == 0, job.console
     assert_every_rollout_once(folder)
     assert max(record["perf/rollout_seconds"] for record in recorded(folder)) > HANG_SECONDS
 
 
 @pytest.mark.slow
 def test_a_teacher_that_hangs_for_good_is_a_clear_error(data, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
     patience = ("--teacher-timeout", "2", "--teacher-patience", "4")
-    with (
-        start_teacher(tmp_path / "teacher.log") as hanging,
-        running(arguments(data, hanging.url, folder, *PLAIN, *patience), folder) as job,
-    ):
-        job.wait_for(rf"rollout +1/{ROLLOUTS}")
-        process = psutil.Process(hanging.pid)
-        process.suspend()
+    with hanging_teacher(data, tmp_path / "run", *patience) as (job, teacher):
         assert job.wait() == 1, job.console
-        process.resume()
-        job.assert_nothing_left()
     last = job.console.strip().splitlines()[-1]
-    assert hanging.url in last
+    assert teacher.url in last
     assert "could not be scored" in last
 
 
@@ -83,7 +83,7 @@ GARBAGE = {
     "an error": (Instead(500, "Internal Server Error"), "could not be scored"),
     "scores of other tokens": (Scores(shift_all), "MissingScoreError"),
     "NaN": (Scores(with_last(float("nan"))), "MissingScoreError"),
-    "half an answer": (Scores(lambda body, triples: triples[:3]), "3"),
+    "half an answer": (Scores(lambda body, triples: triples[:3]), "ShortScoresError"),
 }
 
 
